@@ -1,0 +1,41 @@
+"""Refuses bad arguments, in the same words everywhere: `<name> must <rule>, got <value>`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype] = FLOATS) -> None:
+    if tensor.dtype not in allowed:
+        names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{name} must be {names}, got {tensor.dtype}")
+
+
+def shape(name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
+    """Each entry of `expected` is a size, or a word for an axis that may have any size."""
+    if tensor.dim() != len(expected) or any(
+        isinstance(want, int) and want != have
+        for want, have in zip(expected, tensor.shape, strict=True)
+    ):
+        wanted = ", ".join(map(str, expected))
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
+
+
+def dense(name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+
+
+def device(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
+
+
+def probability(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be between 0 and 1, got {value}")

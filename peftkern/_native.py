@@ -1,0 +1,122 @@
+"""Decides which kernel serves which device; nowhere else is that asked.
+
+Every op is defined here with its fake and its reference. C++ fills in the CPU's kernels when the
+compiled library is there; a device without a kernel runs the reference and says so once.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NAMESPACE = "peftkern"  # spelled once more, in csrc/common/binding.h
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
+
+_ops: list[str] = []
+_warned: set[tuple[str, str]] = set()
+
+
+def define(schema: str, fake: Callable[..., Any], reference: Callable[..., Any]) -> Any:
+    """Defines one op and returns the callable that dispatches to it.
+
+    Args:
+        schema: `name(arguments) -> returns` in torch's language, without the namespace.
+        fake: computes shapes and dtypes alone.
+        reference: the op in plain torch, with the same arguments; serves what has no kernel.
+    """
+    name = schema.split("(", 1)[0]
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.define(qualified, schema.removeprefix(name))
+    torch.library.register_fake(qualified, fake)
+    torch.library.impl(qualified, "CompositeExplicitAutograd", _announced(name, reference))
+    _ops.append(name)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _announced(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(reference)
+    def run(*args: Any) -> Any:
+        device = _device_of(args)
+        if os.environ.get("PEFTKERN_STRICT") == "1":
+            raise NotImplementedError(f"{name} has no kernel for {device} in this build")
+        if (name, device) not in _warned:
+            _warned.add((name, device))
+            warnings.warn(
+                f"{name} has no kernel for {device} in this build; its reference in plain torch "
+                "runs instead (PEFTKERN_STRICT=1 makes this an error)",
+                stacklevel=3,
+            )
+        return reference(*args)
+
+    return run
+
+
+def _device_of(args: tuple[Any, ...]) -> str:
+    return next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
+
+
+def kernels() -> dict[str, dict[str, str]]:
+    """For every op, which kernel serves which device."""
+    devices = {"cpu": "CPU"} | ({"cuda": "CUDA"} if torch.cuda.is_available() else {})
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return {
+        op: {
+            device: "C++" if has(f"{NAMESPACE}::{op}", key) else "reference"
+            for device, key in devices.items()
+        }
+        for op in _ops
+    }
+
+
+def isa() -> str:
+    """The instruction set that the CPU kernels use now."""
+    return ISAS[int(torch.ops.peftkern.isa())] if loaded else "none"
+
+
+def available_isas() -> tuple[str, ...]:
+    """Those that this CPU and this build have, from the plainest to the widest."""
+    return ISAS[: int(torch.ops.peftkern.best_isa()) + 1] if loaded else ()
+
+
+def use_isa(name: str) -> None:
+    """Makes the CPU kernels use this instruction set from the next call on."""
+    if name not in available_isas():
+        raise ValueError(
+            f"PEFTKERN_ISA must be one of {', '.join(available_isas())} here, got {name}"
+        )
+    torch.ops.peftkern.use_isa(ISAS.index(name))
+
+
+@contextmanager
+def using_isa(name: str) -> Iterator[None]:
+    before = isa()
+    use_isa(name)
+    try:
+        yield
+    finally:
+        use_isa(before)
+
+
+def _load() -> bool:
+    library = Path(__file__).parent / "_ops.so"
+    if not library.exists():
+        return False
+    if torch.torch_version.TorchVersion(torch.__version__) < (2, 11):
+        raise ImportError(f"torch must be 2.11 or newer for peftkern, got {torch.__version__}")
+    torch.ops.load_library(library)
+    return True
+
+
+torch.library.define(f"{NAMESPACE}::isa", "() -> int")
+torch.library.define(f"{NAMESPACE}::best_isa", "() -> int")
+torch.library.define(f"{NAMESPACE}::use_isa", "(int isa) -> ()")
+loaded = _load()
+if loaded and (forced := os.environ.get("PEFTKERN_ISA")):
+    use_isa(forced)

@@ -1,0 +1,103 @@
+"""The ops in plain torch, with the gradient by hand, for devices that have no kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from peftkern.qlora import reference
+
+
+def quantize(weight: Tensor, thresholds: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    return reference.quantize(weight, thresholds, block_size)
+
+
+def dequantize(weight: Sequence[Tensor], layout: Sequence[int], out: Tensor) -> None:
+    out.copy_(_dense(weight, layout).view(out.shape))
+
+
+def linear(
+    x: Tensor, weight: Sequence[Tensor], layout: Sequence[int], bias: Tensor | None,
+    lora_a: Tensor | None, lora_b: Tensor | None, scale: float, dropout: float,
+    seed: Tensor | None, offsets: Tensor | None, adapter: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    flat, w = x.flatten(0, -2) if x.dim() > 1 else x[None], _dense(weight, layout).to(x.dtype)
+    y = flat.new_zeros(len(flat), layout[1])
+    for e, rows in _expert_rows(flat, offsets):
+        y[rows] = reference.linear(flat[rows], w[e], None if bias is None else _at(bias, 1, e))
+    rank = 0 if lora_a is None else lora_a.shape[-2]
+    down = flat.new_zeros(len(flat), rank, dtype=torch.promote_types(x.dtype, torch.float32))
+    if lora_a is not None and lora_b is not None:
+        dropped = reference.dropout(flat, dropout, seed)
+        for g, chosen in _adapter_rows(flat, lora_a, offsets, adapter):
+            down[chosen] = (dropped[chosen] @ _at(lora_a, 2, g).to(x.dtype).t()).to(down.dtype)
+            y[chosen] += scale * (down[chosen].to(x.dtype) @ _at(lora_b, 2, g).to(x.dtype).t())
+    return y.view(*x.shape[:-1], layout[1]), down
+
+
+def linear_bwd(
+    grad: Tensor, x: Tensor, down: Tensor, weight: Sequence[Tensor], layout: Sequence[int],
+    bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, scale: float,
+    dropout: float, seed: Tensor | None, offsets: Tensor | None, adapter: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    flat, g = x.view(-1, layout[2]), grad.view(-1, layout[1])
+    w = _dense(weight, layout)
+    inputs = (flat, w, bias, lora_a, lora_b)
+    grad_x, grad_w, grad_bias, grad_a, grad_b = (
+        torch.zeros(() if t is None else t.shape, dtype=x.dtype, device=x.device) for t in inputs
+    )
+    for e, rows in _expert_rows(flat, offsets):
+        grad_x[rows] = g[rows] @ w[e].to(x.dtype)
+        grad_w[e] = g[rows].t() @ flat[rows]
+        if bias is not None:
+            _at(grad_bias, 1, e).copy_(g[rows].sum(0))
+    if lora_a is not None and lora_b is not None:
+        dropped = reference.dropout(flat, dropout, seed)
+        low_rank = torch.zeros_like(flat)
+        for i, rows in _adapter_rows(flat, lora_a, offsets, adapter):
+            up = scale * (g[rows] @ _at(lora_b, 2, i).to(x.dtype))
+            _at(grad_b, 2, i).copy_(scale * (g[rows].t() @ down[rows].to(x.dtype)))
+            _at(grad_a, 2, i).copy_(up.t() @ dropped[rows])
+            low_rank[rows] = up @ _at(lora_a, 2, i).to(x.dtype)
+        grad_x += reference.dropout(low_rank, dropout, seed)
+    grads = (grad_x, grad_w, grad_bias, grad_a, grad_b)
+    originals = (x, weight[0], bias, lora_a, lora_b)
+    return [
+        grad.view(t.shape).to(t.dtype)
+        for grad, t, need in zip(grads, originals, needs, strict=True)
+        if need and t is not None
+    ]
+
+
+def _dense(weight: Sequence[Tensor], layout: Sequence[int]) -> Tensor:
+    """`[experts, rows, columns]`, float32 unless it was dense already."""
+    *shape, block_size = layout
+    if block_size == 0:
+        return weight[0].view(shape)
+    packed, absmax, codebook, *nested = weight
+    scales = reference.unnest(absmax, *nested) if nested else absmax
+    return reference.dequantize(packed, scales, codebook, tuple(shape), block_size)
+
+
+def _at(tensor: Tensor, dim: int, index: int) -> Tensor:
+    """One expert's or adapter's part, of a tensor that has no such axis where there is only one."""
+    return tensor if tensor.dim() == dim else tensor[index]
+
+
+def _expert_rows(x: Tensor, offsets: Tensor | None) -> Iterator[tuple[int, slice]]:
+    bounds = [0, len(x)] if offsets is None else offsets.tolist()
+    for e, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        yield e, slice(begin, end)
+
+
+def _adapter_rows(
+    x: Tensor, lora_a: Tensor, offsets: Tensor | None, adapter: Tensor | None
+) -> Iterator[tuple[int, Tensor | slice]]:
+    if adapter is None:
+        yield from _expert_rows(x, offsets)
+    else:
+        for g in range(len(lora_a)):
+            yield g, (adapter == g).nonzero().flatten()

@@ -1,0 +1,210 @@
+"""LoRA on a frozen linear, quantised or dense: the drop-in layer, and the config that places it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftkern import _check
+from peftkern.qlora.ops import linear, quantize
+from peftkern.qlora.weight import BLOCK_SIZES, Format, QuantizedWeight, find_format
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA (Hu et al., 2021) on a base that may be quantised (Dettmers et al., 2023).
+
+    Args:
+        r: rank of the low-rank term, at least 1.
+        lora_alpha: the term's scale is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
+        lora_dropout: share of the input that the low-rank term does not see, in [0, 1].
+        use_rslora: rank-stabilised scale (Kalajdzievski, 2023).
+        init_lora_weights: True: A uniform as `nn.Linear` draws it, B zero; "gaussian": A normal
+            with deviation 1 / r, B zero; False: both uniform.
+        rank_pattern: other ranks, by name or regular expression, as in peft.
+        alpha_pattern: other values of lora_alpha, likewise.
+        target_modules: "all-linear" (every linear but the output head and routers), a list of name
+            endings, or a regular expression for the whole name.
+        exclude_modules: name endings, or a regular expression, that are left alone.
+        base: a format's name or a `Format` to quantise the base to; None keeps it as it is.
+        block_size, nested: of the quantised base.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    target_modules: str | tuple[str, ...] | list[str] = "all-linear"
+    exclude_modules: str | tuple[str, ...] | list[str] = ()
+    base: str | Format | None = None
+    block_size: int = 64
+    nested: bool = True
+
+    def __post_init__(self) -> None:
+        for name, rank in [("r", self.r), *self.rank_pattern.items()]:
+            if rank < 1:
+                raise ValueError(f"{name} must be at least 1, got {rank}")
+        _check.probability("lora_dropout", self.lora_dropout)
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(
+                "init_lora_weights must be True, False or 'gaussian', "
+                f"got {self.init_lora_weights!r}"
+            )
+        if self.base is not None:
+            find_format(self.base)
+        if self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
+
+
+class QLoRALinear(nn.Module):
+    """y = x W^T + bias + scaling * (D(x) A^T) B^T; W and bias are frozen, A and B train.
+
+    `state_dict` has `weight`, `weight.absmax`, … with the bytes that bitsandbytes writes (or one
+    dense `weight`), `bias`, `lora_A` and `lora_B`.
+
+    Args:
+        weight: `[out, in]`, quantised or dense. Its storage is shared, never copied or changed.
+        bias: `[out]` or None.
+        config: rank, scale, dropout and initialisation; its placement and base do not matter here.
+
+    Shape:
+        `[..., in]` -> `[..., out]`, in the input's dtype.
+    """
+
+    def __init__(
+        self, weight: QuantizedWeight | Tensor, bias: Tensor | None, config: LoraConfig
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.r, self.lora_alpha, self.lora_dropout = (
+            config.r,
+            config.lora_alpha,
+            config.lora_dropout,
+        )
+        self.use_rslora = config.use_rslora
+        self.scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+        quantized = isinstance(weight, QuantizedWeight)
+        self.weight = _frozen(weight.packed if quantized else weight)
+        self.bias = None if bias is None else _frozen(bias)
+        self._quantized = replace(weight, packed=self.weight) if quantized else None
+        options: dict[str, Any] = {"device": weight.device}
+        options["dtype"] = torch.float32 if quantized else weight.dtype
+        self.lora_A = nn.Parameter(torch.empty(config.r, self.in_features, **options))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.r, **options))
+        self._initialize(config.init_lora_weights)
+
+    def _initialize(self, how: bool | str) -> None:
+        if how == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if how is False:
+            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        r: int = 16,
+        lora_alpha: float = 32,
+        base: str | Format | None = None,
+        block_size: int = 64,
+        nested: bool = True,
+        **options: Any,
+    ) -> QLoRALinear:
+        """A layer in the place of an `nn.Linear` or of bitsandbytes' `Linear4bit`.
+
+        Args:
+            linear: what it replaces; its weight and bias are shared where they need no quantising.
+            base: a format to quantise a float weight to; None keeps the weight as it is.
+            options: further fields of `LoraConfig`.
+        """
+        config = LoraConfig(
+            r, lora_alpha, base=base, block_size=block_size, nested=nested, **options
+        )
+        return cls.from_config(linear, config)
+
+    @classmethod
+    def from_config(cls, linear: nn.Module, config: LoraConfig) -> QLoRALinear:
+        weight: Tensor = linear.weight  # type: ignore[assignment]
+        base: QuantizedWeight | Tensor
+        if getattr(weight, "quant_state", None) is not None:
+            base = QuantizedWeight.from_bnb(weight)  # type: ignore[arg-type]
+        elif config.base is None:
+            base = weight
+        else:
+            base = quantize(weight, config.base, config.block_size, config.nested)
+        return cls(base, linear.bias, config).train(linear.training)  # type: ignore[arg-type]
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight | None:
+        """The base as its producer stores it; None for a dense base."""
+        if self._quantized is not None and self._quantized.packed is not self.weight:
+            self._quantized = replace(self._quantized, packed=self.weight)
+        return self._quantized
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.quantized_weight or self.weight
+        dropout = self.lora_dropout if self.training else 0.0
+        return linear(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QLoRALinear:
+        """The scales follow the packed bytes from device to device, and keep their dtype."""
+        super()._apply(fn, recurse)
+        if self._quantized is not None:
+            moved = self._quantized.scales_to(self.weight.device)
+            self._quantized = replace(moved, packed=self.weight)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (weight := self.quantized_weight) is not None:
+            for name, tensor in weight.statistics().items():
+                destination[f"{prefix}weight.{name}"] = tensor
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        """Takes bitsandbytes' keys too; the weight must be of this layer's format and shape."""
+        names = [k for k in state_dict if k.startswith(f"{prefix}weight.")]
+        statistics = {k.removeprefix(f"{prefix}weight."): state_dict[k] for k in names}
+        packed = state_dict.get(f"{prefix}weight")
+        loaded = None
+        if self._quantized is not None and packed is not None:
+            try:
+                loaded = self._quantized.with_statistics(packed, statistics)
+            except ValueError as error:
+                errors.append(f"{prefix}weight: {error}")
+        super()._load_from_state_dict(
+            {k: v for k, v in state_dict.items() if k not in names} if loaded else state_dict,
+            prefix, metadata, strict, missing, unexpected, errors,
+        )  # fmt: skip
+        if loaded is not None:
+            self._quantized = replace(loaded.scales_to(self.weight.device), packed=self.weight)
+
+    def extra_repr(self) -> str:
+        weight = self.quantized_weight
+        base = f"{weight.format.name}, block_size={weight.block_size}" if weight else "dense"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
+            f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, base={base}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    """The very parameter where it is one, so that tied weights stay tied."""
+    if isinstance(tensor, nn.Parameter) and type(tensor) is nn.Parameter:
+        return tensor.requires_grad_(False)
+    return nn.Parameter(tensor, requires_grad=False)

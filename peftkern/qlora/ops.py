@@ -1,0 +1,367 @@
+"""qlora's index: schema, fake and gradient of every op, and the functions that users call.
+
+A weight reaches an op as its tensors (`QuantizedWeight.buffers`, or the one dense tensor) and its
+layout `[experts, rows, columns, block size]` (block size 0: dense). So a new format or a new
+grouping needs a kernel, never a new schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peftkern import _check, _native
+from peftkern.qlora import fallback, reference
+from peftkern.qlora.weight import BLOCK_SIZES, Format, QuantizedWeight, find_format
+
+
+def _fake_quantize(weight: Tensor, thresholds: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    count = weight.numel()
+    packed = weight.new_empty((count + 1) // 2, 1, dtype=torch.uint8)
+    blocks = (count + block_size - 1) // block_size
+    return packed, weight.new_empty(blocks, dtype=torch.float32)
+
+
+def _fake_linear(
+    x: Tensor, weight: Any, layout: Any, bias: Any, lora_a: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rank = 0 if lora_a is None else lora_a.shape[-2]
+    rows = x.numel() // max(x.shape[-1], 1)
+    return x.new_empty(*x.shape[:-1], layout[1]), x.new_empty(rows, rank, dtype=dtype)
+
+
+def _fake_linear_bwd(
+    grad: Tensor, x: Tensor, down: Tensor, weight: list[Tensor], layout: Any, bias: Any,
+    lora_a: Any, lora_b: Any, scale: Any, dropout: Any, seed: Any, offsets: Any, adapter: Any,
+    needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    inputs = (x, weight[0], bias, lora_a, lora_b)
+    return [torch.empty_like(t) for t, need in zip(inputs, needs, strict=True) if need]
+
+
+_quantize_op = _native.define(
+    "qlora_quantize(Tensor weight, Tensor thresholds, int block_size) -> (Tensor, Tensor)",
+    _fake_quantize,
+    fallback.quantize,
+)
+_dequantize_op = _native.define(
+    "qlora_dequantize(Tensor[] weight, int[] layout, Tensor(a!) out) -> ()",
+    lambda weight, layout, out: None,
+    fallback.dequantize,
+)
+_linear_op = _native.define(
+    "qlora_linear(Tensor x, Tensor[] weight, int[] layout, Tensor? bias, Tensor? lora_a, "
+    "Tensor? lora_b, float scale, float dropout, Tensor? seed, Tensor? offsets, "
+    "Tensor? adapter) -> (Tensor, Tensor)",
+    _fake_linear,
+    fallback.linear,
+)
+_linear_bwd_op = _native.define(
+    "qlora_linear_bwd(Tensor grad, Tensor x, Tensor down, Tensor[] weight, int[] layout, "
+    "Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scale, float dropout, Tensor? seed, "
+    "Tensor? offsets, Tensor? adapter, bool[] needs) -> Tensor[]",
+    _fake_linear_bwd,
+    fallback.linear_bwd,
+)
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps x, down = D(x) A^T, the seed and references to the parameters; no mask, no D(x), no W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dense: Tensor | None, bias: Tensor | None, lora_a: Tensor | None,
+        lora_b: Tensor | None, buffers: list[Tensor], layout: list[int], scale: float,
+        dropout: float, seed: Tensor | None, offsets: Tensor | None, adapter: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        weight = buffers if dense is None else [dense]
+        y, down = _linear_op(
+            x, weight, layout, bias, lora_a, lora_b, scale, dropout, seed, offsets, adapter
+        )
+        ctx.save_for_backward(x, down, bias, lora_a, lora_b, seed, offsets, adapter, *weight)
+        ctx.layout, ctx.scale, ctx.dropout = layout, scale, dropout
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, down, bias, lora_a, lora_b, seed, offsets, adapter, *weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:5]
+        grads = iter(
+            _linear_bwd_op(
+                grad.contiguous(),
+                x,
+                down,
+                weight,
+                ctx.layout,
+                bias,
+                lora_a,
+                lora_b,
+                ctx.scale,
+                ctx.dropout,
+                seed,
+                offsets,
+                adapter,
+                needs,
+            )  # fmt: skip
+        )
+        return *(next(grads) if need else None for need in needs), *(None,) * 7
+
+
+def _apply(
+    x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, lora_a: Tensor | None,
+    lora_b: Tensor | None, scale: float, dropout: float, seed: Tensor | int | None,
+    offsets: Tensor | None = None, adapter: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    if dropout and lora_a is not None:
+        seed = _seed(seed, x.device)
+    else:
+        dropout, seed = 0.0, None
+    if isinstance(weight, Tensor):
+        dense, buffers = weight, []
+        layout = [*(1,) * (3 - weight.dim()), *weight.shape, 0]
+    else:
+        dense, buffers, layout = None, weight.buffers, weight.layout
+    return _Linear.apply(  # type: ignore[no-any-return, no-untyped-call]
+        x.contiguous(), dense, bias, lora_a, lora_b, buffers, layout, scale, dropout, seed,
+        offsets, adapter,
+    )  # fmt: skip
+
+
+def _seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
+    """Drawn by torch where none is given, so that activation checkpointing replays it."""
+    if isinstance(seed, Tensor):
+        return seed
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return torch.tensor([seed], dtype=torch.int64, device=device)
+
+
+def quantize(
+    weight: Tensor, format: str | Format = "nf4", block_size: int = 64, nested: bool = False
+) -> QuantizedWeight:
+    """Each block's values over its largest magnitude, rounded to the nearest of the codebook.
+
+    Dettmers et al., QLoRA (2023); byte for byte what bitsandbytes stores. A tie takes the lower
+    code. A block that holds a NaN decodes to NaN; one whose largest magnitude is below about
+    3e-39 to 0.
+
+    Args:
+        weight: float, any shape; usually `[out, in]` or `[experts, out, in]`.
+        format: a name in `qlora.formats`, or a `Format`.
+        block_size: a power of two from 16 to 4096: elements of the flat weight that share a scale.
+        nested: quantise the scales too, to 8 bits in blocks of 256.
+
+    Returns:
+        A `QuantizedWeight` on the weight's device. Not differentiable.
+
+    Raises:
+        TypeError: `weight` is not float32, bfloat16, float16 or float64.
+        ValueError: an unknown format or a block size out of range.
+    """
+    _check.dtype("weight", weight)
+    found = find_format(format)
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
+    codebook = torch.tensor(found.codebook, dtype=torch.float32, device=weight.device)
+    packed, absmax = _quantize_op(
+        weight.detach().contiguous(), reference.midpoints(codebook), block_size
+    )
+    statistics: dict[str, Tensor] = {}
+    if nested:
+        nested_map = reference.dynamic_map().to(weight.device)
+        absmax, nested_absmax, offset = reference.nest(absmax, nested_map)
+        statistics = {
+            "nested_absmax": nested_absmax, "nested_map": nested_map, "nested_offset": offset,
+        }  # fmt: skip
+    return QuantizedWeight(
+        packed, absmax, codebook, weight.shape, weight.dtype, found, block_size, **statistics
+    )
+
+
+def dequantize(
+    weight: QuantizedWeight, dtype: torch.dtype | None = None, out: Tensor | None = None
+) -> Tensor:
+    """W[i] = codebook[code[i]] * absmax[i // block_size], in float32 and rounded once.
+
+    Args:
+        weight: any shape.
+        dtype: float32, bfloat16, float16 or float64; the dtype it had where none is given.
+        out: written and returned where given; contiguous, of the weight's shape.
+
+    Returns:
+        `weight.shape`, in `dtype` or `out`'s dtype. Not differentiable.
+
+    Raises:
+        TypeError: not a QuantizedWeight, or a dtype that is not float.
+        ValueError: `out` of another shape, device or layout.
+    """
+    if not isinstance(weight, QuantizedWeight):
+        raise TypeError(f"weight must be a QuantizedWeight, got {type(weight).__name__}")
+    if out is None:
+        out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
+    _check.dtype("out", out)
+    _check.shape("out", out, weight.shape)
+    _check.dense("out", out)
+    _check.device("out", out, weight.packed)
+    _dequantize_op(weight.buffers, weight.layout, out)
+    return out
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    seed: Tensor | int | None = None,
+) -> Tensor:
+    """y = x W^T + bias + scale * (D(x) A^T) B^T, and W stays quantised.
+
+    Hu et al., LoRA (2021); Dettmers et al., QLoRA (2023). Sums run in float32 (float64 for
+    float64). D drops elements of x in the low-rank term alone; which ones depends on the seed and
+    the element's place only, so every device and every tiling drops the same. Under autocast x is
+    cast as `torch.nn.functional.linear` casts it.
+
+    Args:
+        x: `[..., in]`, float32, bfloat16, float16 or float64.
+        weight: `[out, in]`, a QuantizedWeight or a dense float tensor.
+        bias: `[out]`, any float dtype.
+        lora_a: `[r, in]`, any float dtype; with `lora_b` or not at all.
+        lora_b: `[out, r]`, any float dtype.
+        scale: of the low-rank term; lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA.
+        dropout: in [0, 1], the share of x that the low-rank term does not see.
+        seed: int64 `[1]` on x's device, or an int; drawn from torch's generator where None.
+
+    Returns:
+        `[..., out]` in x's dtype. Differentiable once, in x, bias, lora_a, lora_b and a dense
+        weight.
+
+    Raises:
+        TypeError: a dtype that is not float, a seed that is not int64.
+        ValueError: a shape, device or range that does not fit; a weight of three dimensions.
+    """
+    _check_linear(x, weight, 2, bias, lora_a, lora_b, dropout, seed)
+    return _apply(x, weight, bias, lora_a, lora_b, scale, dropout, seed)
+
+
+def expert_linear(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    offsets: Tensor,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    seed: Tensor | int | None = None,
+    adapter: Tensor | None = None,
+) -> Tensor:
+    """y[m] = x[m] W[e]^T + bias[e] + scale * (D(x[m]) A[g]^T) B[g]^T, e the expert of row m.
+
+    As `linear`, for fused experts and for rows that belong to different adapters.
+
+    Args:
+        x: `[rows, in]`, rows sorted by expert.
+        weight: `[experts, out, in]`, a QuantizedWeight or a dense float tensor.
+        offsets: int64 `[experts + 1]`; rows offsets[e] to offsets[e + 1] belong to expert e.
+            Its values are checked on the CPU only: from 0 to rows, never falling.
+        bias: `[experts, out]`.
+        lora_a: `[adapters, r, in]`; one adapter for each expert where `adapter` is None.
+        lora_b: `[adapters, out, r]`.
+        scale, dropout, seed: as in `linear`.
+        adapter: int32 `[rows]`, the adapter g of each row, -1 for none; values checked on the CPU.
+
+    Returns:
+        `[rows, out]` in x's dtype, differentiable as in `linear`.
+
+    Raises:
+        TypeError, ValueError: as `linear`.
+        IndexError: an adapter that is not there.
+    """
+    _check.shape("x", x, ["rows", "in"])
+    _check_linear(x, weight, 3, bias, lora_a, lora_b, dropout, seed)
+    _check_groups(x, weight.shape[0], offsets, lora_a, adapter)
+    return _apply(x, weight, bias, lora_a, lora_b, scale, dropout, seed, offsets, adapter)
+
+
+def _check_linear(
+    x: Tensor, weight: Tensor | QuantizedWeight, dim: int, bias: Tensor | None,
+    lora_a: Tensor | None, lora_b: Tensor | None, dropout: float, seed: Tensor | int | None,
+) -> None:  # fmt: skip
+    if not isinstance(weight, (Tensor, QuantizedWeight)):
+        raise TypeError(
+            f"weight must be a Tensor or a QuantizedWeight, got {type(weight).__name__}"
+        )
+    _check.dtype("x", x)
+    if len(weight.shape) != dim:
+        wanted = "[out, in]; expert_linear takes experts" if dim == 2 else "[experts, out, in]"
+        raise ValueError(f"weight must have shape {wanted}, got {list(weight.shape)}")
+    *experts, rows, columns = weight.shape
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise ValueError(f"x must have shape [..., {columns}], got {list(x.shape)}")
+    if isinstance(weight, Tensor):
+        _check.dtype("weight", weight)
+        _check.dense("weight", weight)
+    if weight.device != x.device:
+        raise ValueError(f"weight must be on {x.device}, got {weight.device}")
+    if (lora_a is None) != (lora_b is None):
+        raise ValueError("lora_a and lora_b must come together, got one of them")
+    if bias is not None:
+        _check_parameter("bias", bias, [*experts, rows], x)
+    if lora_a is not None and lora_b is not None:
+        groups = ["adapters"] if experts else []
+        _check_parameter("lora_a", lora_a, [*groups, "r", columns], x)
+        rank = lora_a.shape[-2]
+        _check_parameter("lora_b", lora_b, [*lora_a.shape[:-2], rows, rank], x)
+        if rank == 0:
+            raise ValueError("lora_a must have a rank r of at least 1, got 0")
+    if dropout:
+        _check.probability("dropout", dropout)
+        if isinstance(seed, Tensor):
+            _check.dtype("seed", seed, [torch.int64])
+            _check.shape("seed", seed, [1])
+            _check.device("seed", seed, x)
+
+
+def _check_parameter(name: str, tensor: Tensor, expected: list[Any], x: Tensor) -> None:
+    _check.dtype(name, tensor)
+    _check.shape(name, tensor, expected)
+    _check.dense(name, tensor)
+    _check.device(name, tensor, x)
+
+
+def _check_groups(
+    x: Tensor, experts: int, offsets: Tensor, lora_a: Tensor | None, adapter: Tensor | None
+) -> None:
+    rows = x.shape[0]
+    _check.dtype("offsets", offsets, [torch.int64])
+    _check.shape("offsets", offsets, [experts + 1])
+    _check.device("offsets", offsets, x)
+    if adapter is not None:
+        _check.dtype("adapter", adapter, [torch.int32])
+        _check.shape("adapter", adapter, [rows])
+        _check.device("adapter", adapter, x)
+    elif lora_a is not None and lora_a.shape[0] != experts:
+        raise ValueError(
+            f"lora_a must have one adapter for each of {experts} experts, got {lora_a.shape[0]}"
+        )
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bounds = offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] != rows or sorted(bounds) != bounds:
+        raise ValueError(f"offsets must rise from 0 to {rows}, got {bounds}")
+    if adapter is not None and lora_a is not None and rows:
+        low, high = (int(v) for v in adapter.aminmax())
+        if low < -1 or high >= lora_a.shape[0]:
+            raise IndexError(f"adapter must lie in [-1, {lora_a.shape[0]}), got {low} to {high}")
