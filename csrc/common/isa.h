@@ -1,5 +1,5 @@
-// Which instruction set the CPU kernels use. The build compiles every csrc/<family>/cpu*.cpp once for
-// baseline, avx2 and avx512; the choice among them is made here, once, and tests may change it.
+// Which instruction set the CPU kernels use. The build compiles every csrc/<family>/cpu*.cpp once
+// for baseline, avx2 and avx512; the choice among them is made here, once, and tests may change it.
 #pragma once
 #include <atomic>
 #include <cstring>
@@ -35,9 +35,9 @@ inline std::atomic<Isa>& current_isa() {
 
 // Picks the kernel table of the instruction set in use, out of one namespace each.
 #if defined(__x86_64__)
-#define PEFTKERN_SELECT(table)                              \
+#define PEFTKERN_SELECT(table)                                      \
   (peftkern::current_isa() >= peftkern::Isa::avx512 ? avx512::table \
-   : peftkern::current_isa() == peftkern::Isa::avx2 ? avx2::table \
+   : peftkern::current_isa() == peftkern::Isa::avx2 ? avx2::table   \
                                                     : baseline::table)
 #else
 #define PEFTKERN_SELECT(table) baseline::table

@@ -3,16 +3,16 @@
 #include <cstdio>
 #include <cstdlib>
 
-#define EXPECT(condition)                                                       \
-  do {                                                                          \
-    if (!(condition)) {                                                         \
+#define EXPECT(condition)                                                                \
+  do {                                                                                   \
+    if (!(condition)) {                                                                  \
       std::fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                             \
-    }                                                                           \
+      std::exit(1);                                                                      \
+    }                                                                                    \
   } while (0)
 
-#define RUN(test)              \
-  do {                         \
+#define RUN(test)               \
+  do {                          \
     std::printf("%s\n", #test); \
-    test();                    \
+    test();                     \
   } while (0)

@@ -1,0 +1,153 @@
+// What every torch.cpp stands on: checks, scratch memory, and the library's matrix product.
+// LibTorch's stable ABI only, so one binary serves every torch from 2.11 on.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <vector>
+
+// The ops' namespace; spelled once more, in peftkern/_native.py.
+#define PEFTKERN_OPS(key, m) STABLE_TORCH_LIBRARY_IMPL(peftkern, key, m)
+
+namespace peftkern {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// The safety net under Python's checks: what keeps a raw op from touching memory that is not its
+// own.
+inline void check_dense(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+}
+
+inline void check_count(const Tensor& tensor, const char* name, int64_t count) {
+  check_dense(tensor, name);
+  STD_TORCH_CHECK(tensor.numel() == count, name, " must have ", count, " elements, got ",
+                  tensor.numel());
+}
+
+inline void check_dtype(const Tensor& tensor, const char* name, ScalarType dtype) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");
+}
+
+inline int64_t size_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return 8;
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 2;
+    default:
+      STD_TORCH_CHECK(false, "a tensor must be float32, bfloat16, float16 or float64");
+  }
+  return 0;
+}
+
+// Memory for the length of one op. Kept by the thread from call to call, since fresh pages cost
+// more than the work that is done in them.
+class Scratch {
+ public:
+  Scratch() : first_(next()) {}
+  ~Scratch() { next() = first_; }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  template <typename T>
+  T* take(int64_t count) {
+    return static_cast<T*>(take_bytes(count * static_cast<int64_t>(sizeof(T))));
+  }
+
+  void* take_bytes(int64_t bytes) {
+    if (next() == blocks().size()) blocks().emplace_back();
+    Block& block = blocks()[next()++];
+    if (block.bytes < bytes) {
+      block.memory.reset();  // before the new one is there, so that both never are
+      block.bytes = (bytes + 63) / 64 * 64;
+      block.memory.reset(std::aligned_alloc(64, static_cast<size_t>(block.bytes)));
+      STD_TORCH_CHECK(block.memory, "out of memory for ", block.bytes, " bytes");
+    }
+    return block.memory.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  struct Block {
+    std::unique_ptr<void, Free> memory;
+    int64_t bytes = 0;
+  };
+  static std::vector<Block>& blocks() {
+    static thread_local std::vector<Block> all;
+    return all;
+  }
+  static size_t& next() {
+    static thread_local size_t index = 0;
+    return index;
+  }
+  size_t first_;
+};
+
+// A matrix in somebody's memory.
+struct Matrix {
+  char* data;
+  ScalarType dtype;
+  int64_t rows, columns, row_stride, column_stride = 1;
+
+  static Matrix dense(void* data, ScalarType dtype, int64_t rows, int64_t columns) {
+    return {static_cast<char*>(data), dtype, rows, columns, columns, 1};
+  }
+  static Matrix of(const Tensor& tensor, int64_t rows, int64_t columns) {
+    return dense(const_cast<void*>(tensor.const_data_ptr()), tensor.scalar_type(), rows, columns);
+  }
+  void* at(int64_t row, int64_t column) const {
+    return data + (row * row_stride + column * column_stride) * size_of(dtype);
+  }
+  Matrix part(int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end) const {
+    return {static_cast<char*>(at(row_begin, column_begin)),
+            dtype,
+            row_end - row_begin,
+            column_end - column_begin,
+            row_stride,
+            column_stride};
+  }
+  Matrix part_rows(int64_t begin, int64_t end) const { return part(begin, end, 0, columns); }
+  Matrix transposed() const { return {data, dtype, columns, rows, column_stride, row_stride}; }
+  Tensor tensor() const {
+    const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+    return torch::stable::from_blob(data, {rows, columns}, {row_stride, column_stride}, cpu, dtype);
+  }
+};
+
+// out = beta * out + alpha * a b, by the library. Through the shim and not the dispatcher: an outer
+// autocast must not cast the operands, nor an outer dispatch mode see them.
+inline void multiply(const Matrix& out, const Matrix& a, const Matrix& b, double beta,
+                     double alpha = 1.0) {
+  if (out.rows == 0 || out.columns == 0) return;
+  const Tensor target = out.tensor(), left = a.tensor(), right = b.tensor();
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(target.get(), target.get(), left.get(), right.get(), beta, alpha));
+}
+
+// Calls f(begin, end) over [0, count), in parallel where each thread gets work for some
+// microseconds.
+template <typename Function>
+void parallel(int64_t count, int64_t work_per_item, const Function& f) {
+  constexpr int64_t kWorth = 1 << 15;
+  if (count == 0) return;
+  if (count * work_per_item < 2 * kWorth) return f(int64_t{0}, count);
+  const int64_t grain = std::max<int64_t>(1, kWorth / std::max<int64_t>(1, work_per_item));
+  torch::stable::parallel_for(0, count, grain, f);
+}
+
+}  // namespace peftkern

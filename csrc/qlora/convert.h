@@ -1,0 +1,64 @@
+// Tensors of any float dtype as the kernels want them; part of the binding.
+#pragma once
+#include <cstring>
+
+#include "common/binding.h"
+#include "qlora/qlora.h"
+
+namespace peftkern::qlora {
+
+// Calls f with the kernels of a dtype and a pointer of its type, null.
+template <typename Function>
+auto with_kernels(ScalarType dtype, const Function& f) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return f(kernels().f64, static_cast<double*>(nullptr));
+    case ScalarType::BFloat16:
+      return f(kernels().bf16, static_cast<peftkern::bf16*>(nullptr));
+    case ScalarType::Half:
+      return f(kernels().fp16, static_cast<peftkern::fp16*>(nullptr));
+    default:
+      STD_TORCH_CHECK(dtype == ScalarType::Float, "a tensor must be of a float dtype");
+      return f(kernels().f32, static_cast<float*>(nullptr));
+  }
+}
+
+// One row of `count`, by way of float.
+inline void convert_row(const void* from, ScalarType from_dtype, void* to, ScalarType to_dtype,
+                        int64_t count) {
+  if (from_dtype == to_dtype) {
+    std::memcpy(to, from, static_cast<size_t>(count * size_of(to_dtype)));
+    return;
+  }
+  constexpr int64_t kBatch = 512;
+  float buffer[kBatch];
+  for (int64_t i = 0; i < count; i += kBatch) {
+    const int64_t n = std::min(kBatch, count - i);
+    with_kernels(from_dtype, [&](const auto& source, auto* s) {
+      source.to_float(static_cast<decltype(s)>(const_cast<void*>(from)) + i, n, buffer);
+    });
+    with_kernels(to_dtype, [&](const auto& target, auto* t) {
+      target.from_float(buffer, n, static_cast<decltype(t)>(to) + i);
+    });
+  }
+}
+
+// Rows of whole memory: column_stride 1 in both.
+inline void convert(const Matrix& from, const Matrix& to) {
+  parallel(from.rows, from.columns, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      convert_row(from.at(row, 0), from.dtype, to.at(row, 0), to.dtype, from.columns);
+    }
+  });
+}
+
+// The matrix itself where it has this dtype, else a copy that lives as long as `scratch`.
+inline Matrix as_dtype(const Matrix& from, ScalarType dtype, Scratch& scratch) {
+  if (from.dtype == dtype) return from;
+  void* memory = scratch.take_bytes(from.rows * from.columns * size_of(dtype));
+  const Matrix to = Matrix::dense(memory, dtype, from.rows, from.columns);
+  convert(from, to);
+  return to;
+}
+
+}  // namespace peftkern::qlora

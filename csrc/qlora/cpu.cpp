@@ -1,0 +1,15 @@
+// The kernels' table, for one instruction set.
+#include "qlora/codes.h"
+#include "qlora/elementwise.h"
+#include "qlora/few_rows.h"
+
+namespace peftkern::qlora::PEFTKERN_ISA {
+
+template <typename T>
+constexpr TypedKernels<T> typed{quantize<T>, dequantize<T>, dropout<T>, to_float<T>, from_float<T>};
+
+extern const Kernels kernels{typed<float>,          typed<double>,     typed<peftkern::bf16>,
+                             typed<peftkern::fp16>, interleaved_width, interleave,
+                             serves_few_rows,       few_rows,          down};
+
+}  // namespace peftkern::qlora::PEFTKERN_ISA

@@ -1,0 +1,202 @@
+// Few rows of x times W^T, straight from the packed bytes: each weight is decoded once for four
+// rows.
+#pragma once
+#include "qlora/codes.h"
+
+namespace peftkern::qlora::PEFTKERN_ISA {
+
+// A chunk is a vector of packed bytes, 8 W codes. `decode` makes eight vectors of it; lane l of
+// vector k is element kPlace[k] + kLane(l) of the chunk, and x is laid out alike.
+inline constexpr int64_t kChunk = 8 * W;
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+// Without a lookup among 16 floats, the bytes of a float are looked up by themselves, 32 codes at a
+// time, and put together: 15 instructions for 32 weights, where two half tables and a blend
+// take 28.
+struct Decoder {
+  __m256i bytes[4];
+
+  explicit Decoder(const float* codebook) {
+    uint8_t plane[16];
+    for (int b = 0; b < 4; ++b) {
+      for (int i = 0; i < 16; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, codebook + i, sizeof bits);
+        plane[i] = static_cast<uint8_t>(bits >> (8 * b));
+      }
+      bytes[b] = _mm256_broadcastsi128_si256(load_bits<__m128i>(plane));
+    }
+  }
+};
+inline constexpr int64_t kLeastBlock = 32;  // a lane's elements share a scale
+inline constexpr int kPlace[8] = {0, 8, 16, 24, 1, 9, 17, 25};
+PEFTKERN_INLINE uint32_t lane_place(uint32_t l) { return l / 4 * 32 + l % 4 * 2; }
+
+PEFTKERN_INLINE void decode_half(const Decoder& d, __m256i codes, F* values) {
+  const __m256i b0 = _mm256_shuffle_epi8(d.bytes[0], codes);
+  const __m256i b1 = _mm256_shuffle_epi8(d.bytes[1], codes);
+  const __m256i b2 = _mm256_shuffle_epi8(d.bytes[2], codes);
+  const __m256i b3 = _mm256_shuffle_epi8(d.bytes[3], codes);
+  const __m256i low0 = _mm256_unpacklo_epi8(b0, b1), high0 = _mm256_unpacklo_epi8(b2, b3);
+  const __m256i low1 = _mm256_unpackhi_epi8(b0, b1), high1 = _mm256_unpackhi_epi8(b2, b3);
+  values[0] = F(_mm256_unpacklo_epi16(low0, high0));
+  values[1] = F(_mm256_unpackhi_epi16(low0, high0));
+  values[2] = F(_mm256_unpacklo_epi16(low1, high1));
+  values[3] = F(_mm256_unpackhi_epi16(low1, high1));
+}
+
+PEFTKERN_INLINE void decode(const Decoder& d, U word, F* values) {
+  const __m256i nibble = _mm256_set1_epi8(15);
+  decode_half(d, _mm256_and_si256(__m256i(word >> 4), nibble), values);
+  decode_half(d, _mm256_and_si256(__m256i(word), nibble), values + 4);
+}
+
+#else
+
+struct Decoder {
+  Table table;
+  explicit Decoder(const float* codebook) : table(codebook) {}
+};
+inline constexpr int64_t kLeastBlock = 8;
+inline constexpr int kPlace[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+PEFTKERN_INLINE uint32_t lane_place(uint32_t l) { return 8 * l; }
+
+PEFTKERN_INLINE void decode(const Decoder& d, U word, F* values) {
+  constexpr int kShift[8] = {4, 0, 12, 8, 20, 16, 28, 24};
+  for (int k = 0; k < 8; ++k) values[k] = Table::look_up(d.table, word >> kShift[k]);
+}
+
+#endif
+
+// How far ahead of the codes in use memory is asked for: rows follow one another, but the hardware
+// asks for a new page only once it is touched.
+inline constexpr int64_t kAhead = 2048;
+inline constexpr int64_t kMostScales = 1024;
+
+int64_t interleaved_width(int64_t columns) { return (columns + kChunk - 1) / kChunk * kChunk; }
+
+// out[chunk][k][l] = x[chunk * kChunk + kPlace[k] + lane_place(l)], zeros behind the end.
+void interleave(const float* x, int64_t columns, float* out) {
+  for (int64_t begin = 0; begin < columns; begin += kChunk, out += kChunk) {
+    for (int k = 0; k < 8; ++k) {
+      for (uint32_t l = 0; l < W; ++l) {
+        const int64_t i = begin + kPlace[k] + lane_place(l);
+        out[k * W + l] = i < columns ? x[i] : 0.0f;
+      }
+    }
+  }
+}
+
+// The scale of each lane of a chunk. Lanes behind the row's end get zero: a row is whole blocks.
+struct ChunkScales {
+  int64_t per_chunk;  // scales in a chunk; 0 where a block is longer than a chunk
+  int64_t chunks_per_block;
+  U index;
+
+  explicit ChunkScales(int64_t block)
+      : per_chunk(kChunk / block), chunks_per_block(block / kChunk), index{} {
+    for (uint32_t l = 0; l < W; ++l) index[l] = lane_place(l) / static_cast<uint32_t>(block);
+  }
+};
+
+PEFTKERN_INLINE F chunk_scale(const ChunkScales& s, const float* scales, int64_t count,
+                              int64_t chunk) {
+  if (s.per_chunk <= 1) return splat(scales[chunk / (s.per_chunk ? 1 : s.chunks_per_block)]);
+  const int64_t first = chunk * s.per_chunk;
+  return permute(load_first(scales + first, min(s.per_chunk, count - first)), s.index);
+}
+
+bool serves_few_rows(const Weight& weight) {
+  return weight.columns % weight.block == 0 && weight.block >= kLeastBlock &&
+         weight.columns / weight.block <= kMostScales;
+}
+
+// One row of W times M rows of x.
+template <int M>
+PEFTKERN_INLINE void one_row(const Weight& weight, const Decoder& decoder,
+                             const ChunkScales& chunk_scales, const FewRows& io, int64_t input,
+                             int64_t n) {
+  const int64_t width = interleaved_width(weight.columns), blocks = weight.columns / weight.block;
+  const int64_t words = weight.columns / 8;
+  const uint32_t* packed =
+      reinterpret_cast<const uint32_t*>(weight.packed + n * weight.columns / 2);
+  float buffer[kMostScales];
+  const float* scale = scales(weight, n * blocks, blocks, buffer);
+  const float* x = io.x + input * width;
+  F total[M] = {};
+  for (int64_t chunk = 0; chunk * W < words; ++chunk) {
+    const U word = load_first(packed + chunk * W, words - chunk * W);
+    __builtin_prefetch(reinterpret_cast<const char*>(packed + chunk * W) + kAhead);
+    F value[8], part[M] = {};
+    decode(decoder, word, value);
+    for (int k = 0; k < 8; ++k) {
+      for (int m = 0; m < M; ++m) {
+        part[m] = fma(value[k], load(x + m * width + chunk * kChunk + k * W), part[m]);
+      }
+    }
+    const F by = chunk_scale(chunk_scales, scale, blocks, chunk);
+    for (int m = 0; m < M; ++m) total[m] = fma(by, part[m], total[m]);
+  }
+  // The low-rank term is one more stretch of the same sum.
+  for (int64_t j = 0; io.lora_b && j < io.rank; j += W) {
+    const F b = load_first(io.lora_b + n * io.rank + j, io.rank - j);
+    for (int m = 0; m < M; ++m) {
+      total[m] = fma(b, load_first(io.down + (input + m) * io.rank + j, io.rank - j), total[m]);
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    io.y[(input + m) * weight.rows + n] = sum(total[m]) + (io.bias ? io.bias[n] : 0.0f);
+  }
+}
+
+template <int M>
+PEFTKERN_INLINE void rows_of(const Weight& weight, const Decoder& decoder, const ChunkScales& s,
+                             const FewRows& io, int64_t input, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) one_row<M>(weight, decoder, s, io, input, n);
+}
+
+void few_rows(const Weight& weight, const FewRows& io, int64_t begin, int64_t end) {
+  constexpr int64_t kTile = 16;  // rows of W that stay in the cache while every row of x passes
+  const Decoder decoder(weight.codebook);
+  const ChunkScales s(weight.block);
+  for (int64_t n = begin; n < end; n += kTile) {
+    const int64_t stop = min(n + kTile, end);
+    int64_t input = 0;
+    for (; input + 4 <= io.inputs; input += 4) rows_of<4>(weight, decoder, s, io, input, n, stop);
+    switch (io.inputs - input) {
+      case 1:
+        rows_of<1>(weight, decoder, s, io, input, n, stop);
+        break;
+      case 2:
+        rows_of<2>(weight, decoder, s, io, input, n, stop);
+        break;
+      case 3:
+        rows_of<3>(weight, decoder, s, io, input, n, stop);
+        break;
+    }
+  }
+}
+
+void down(const float* x, int64_t inputs, const float* a, int64_t rank, int64_t columns,
+          int64_t begin, int64_t end, float* out) {
+  for (int64_t j = begin; j < end; ++j) {
+    for (int64_t m = 0; m < inputs; ++m) {
+      const float *left = x + m * columns, *right = a + j * columns;
+      F total[4] = {};
+      int64_t k = 0;
+      for (; k + 4 * W <= columns; k += 4 * W) {
+        for (int i = 0; i < 4; ++i) {
+          total[i] = fma(load(left + k + i * W), load(right + k + i * W), total[i]);
+        }
+      }
+      for (; k < columns; k += W) {
+        total[0] =
+            fma(load_first(left + k, columns - k), load_first(right + k, columns - k), total[0]);
+      }
+      out[m * rank + j] = sum((total[0] + total[1]) + (total[2] + total[3]));
+    }
+  }
+}
+
+}  // namespace peftkern::qlora::PEFTKERN_ISA

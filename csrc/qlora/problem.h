@@ -1,0 +1,138 @@
+// One call of linear or of its gradient, as the binding sees it: the operands, checked, and which
+// rows of x belong to which expert and which adapter.
+#pragma once
+#include <cmath>
+
+#include "qlora/base.h"
+
+namespace peftkern::qlora {
+
+// Rows [begin, end) of x that share an expert and an adapter; adapter -1 is none.
+struct Run {
+  int64_t begin, end, expert, adapter;
+};
+
+struct Dropout {
+  double p = 0;
+  uint64_t seed = 0;
+
+  // D(x) of rows [begin, begin + x.rows) of the whole, columns from `column` on, in place. `width`
+  // is that of the whole: an element's place in it decides whether it is kept.
+  void apply(const Matrix& x, int64_t begin, int64_t column, int64_t width) const {
+    if (p == 0) return;
+    const auto threshold = static_cast<uint64_t>(std::llround(std::ldexp(p, 32)));
+    const double factor = p < 1 ? 1 / (1 - p) : 0;
+    with_kernels(x.dtype, [&](const auto& typed, auto* type) {
+      parallel(x.rows, x.columns * 4, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; ++row) {
+          auto* at = static_cast<decltype(type)>(x.at(row, 0));
+          typed.dropout(at, x.columns, seed, threshold, factor, (begin + row) * width + column, at);
+        }
+      });
+    });
+  }
+};
+
+struct Problem {
+  Base base;
+  Matrix x;            // [inputs, in]
+  ScalarType sums;     // float, or double for double
+  ScalarType product;  // the dtype in which x meets W
+  MaybeTensor bias, lora_a, lora_b;
+  int64_t rank = 0;
+  double scale;
+  Dropout dropout;
+  std::vector<Run> runs;  // in the order of the rows
+
+  Problem(const Tensor& x_tensor, const std::vector<Tensor>& weight,
+          const std::vector<int64_t>& layout, const MaybeTensor& bias, const MaybeTensor& lora_a,
+          const MaybeTensor& lora_b, double scale, double p, const MaybeTensor& seed,
+          const MaybeTensor& offsets, const MaybeTensor& adapter)
+      : base(weight, layout), x{}, bias(bias), lora_a(lora_a), lora_b(lora_b), scale(scale) {
+    check_dense(x_tensor, "x");
+    STD_TORCH_CHECK(x_tensor.dim() > 0 && x_tensor.size(-1) == base.columns,
+                    "x must have shape [..., ", base.columns, "]");
+    int64_t inputs = 1;
+    for (int64_t d = 0; d + 1 < x_tensor.dim(); ++d) inputs *= x_tensor.size(d);
+    x = Matrix::of(x_tensor, inputs, base.columns);
+    sums = x.dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    product = base.product_dtype(x.dtype, sums);
+    if (bias) check_count(*bias, "bias", base.experts * base.rows);
+    int64_t adapters = 0;
+    if (lora_a) {
+      STD_TORCH_CHECK(lora_b.has_value(), "lora_b must come with lora_a");
+      rank = lora_a->size(-2);
+      adapters = lora_a->numel() / std::max<int64_t>(1, rank * base.columns);
+      check_count(*lora_a, "lora_a", adapters * rank * base.columns);
+      check_count(*lora_b, "lora_b", adapters * rank * base.rows);
+    }
+    if (p > 0 && lora_a) {
+      STD_TORCH_CHECK(seed && p <= 1, "dropout must be at most 1 and come with a seed");
+      check_count(*seed, "seed", 1);
+      check_dtype(*seed, "seed", ScalarType::Long);
+      dropout = {p, static_cast<uint64_t>(*seed->const_data_ptr<int64_t>())};
+    }
+    find_runs(offsets, adapter, adapters);
+  }
+
+  Matrix a_of(int64_t adapter) const {
+    const int64_t adapters = lora_a->numel() / (rank * base.columns);
+    return Matrix::of(*lora_a, adapters * rank, base.columns)
+        .part_rows(adapter * rank, (adapter + 1) * rank);
+  }
+  Matrix b_of(int64_t adapter) const {
+    const int64_t adapters = lora_b->numel() / (rank * base.rows);
+    return Matrix::of(*lora_b, adapters * base.rows, rank)
+        .part_rows(adapter * base.rows, (adapter + 1) * base.rows);
+  }
+  Matrix bias_of(int64_t expert) const {
+    return Matrix::of(*bias, base.experts, base.rows).part_rows(expert, expert + 1);
+  }
+
+  // Calls f(first run, last run) for the runs of each expert that has rows.
+  template <typename Function>
+  void for_each_expert(const Function& f) const {
+    for (size_t first = 0; first < runs.size();) {
+      size_t last = first;
+      while (last < runs.size() && runs[last].expert == runs[first].expert) ++last;
+      f(runs.data() + first, runs.data() + last);
+      first = last;
+    }
+  }
+
+ private:
+  void find_runs(const MaybeTensor& offsets, const MaybeTensor& adapter, int64_t adapters) {
+    if (!offsets) {
+      STD_TORCH_CHECK(base.experts == 1 && adapters <= 1, "offsets must come with experts");
+      if (x.rows) runs.push_back({0, x.rows, 0, rank ? 0 : -1});
+      return;
+    }
+    check_count(*offsets, "offsets", base.experts + 1);
+    check_dtype(*offsets, "offsets", ScalarType::Long);
+    const int64_t* bounds = offsets->const_data_ptr<int64_t>();
+    const int32_t* owner = nullptr;
+    if (adapter) {
+      check_count(*adapter, "adapter", x.rows);
+      check_dtype(*adapter, "adapter", ScalarType::Int);
+      owner = adapter->const_data_ptr<int32_t>();
+    }
+    STD_TORCH_CHECK(bounds[0] == 0 && bounds[base.experts] == x.rows, "offsets must span the rows");
+    for (int64_t expert = 0; expert < base.experts; ++expert) {
+      STD_TORCH_CHECK(bounds[expert] <= bounds[expert + 1], "offsets must not fall");
+      for (int64_t row = bounds[expert]; row < bounds[expert + 1];) {
+        const int64_t g = !rank ? -1 : owner ? owner[row] : expert;
+        STD_TORCH_CHECK(g >= -1 && g < std::max<int64_t>(adapters, 0),
+                        "adapter must be there, got ", g);
+        int64_t end = owner ? row + 1 : bounds[expert + 1];
+        while (owner && end < bounds[expert + 1] && owner[end] == owner[row]) ++end;
+        runs.push_back({row, end, expert, g});
+        row = end;
+      }
+    }
+  }
+};
+
+// D(x) of rows [begin, end) in the dtype of the sums; x itself where that is the same.
+Matrix dropped(const Problem& p, int64_t begin, int64_t end, Scratch& scratch);
+
+}  // namespace peftkern::qlora

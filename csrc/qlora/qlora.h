@@ -1,0 +1,93 @@
+// qlora: a linear whose weight is quantised to 4 bits, with a low-rank term.
+//
+//   W[i] = codebook[code[i]] * absmax[i / block]          over the flat, row-major weight
+//
+// Codes: four bits each, in row-major order, the first of a pair in the high bits of its byte:
+//   byte j = code[2j] << 4 | code[2j + 1]; an odd count ends with the code of zero.
+// Scales: float, or nested: absmax[b] = map[codes[b]] * nested_absmax[b / 256] + offset, two
+// roundings. block: a power of two, 16 to 4096; blocks run on from row to row where columns % block
+// != 0.
+//
+// W is formed in float and rounded at most once, alike in every kernel and on every instruction
+// set. Sums are float. Every kernel writes a range of outputs that the caller names; threads belong
+// to the caller, and any split gives the same bits.
+#pragma once
+#include <cstdint>
+
+#include "common/half.h"
+#include "common/isa.h"
+
+namespace peftkern::qlora {
+
+inline constexpr int64_t kNestedBlock = 256;
+
+struct Weight {
+  const uint8_t* packed;       // [ceil(count / 2)]
+  const float* absmax;         // [ceil(count / block)], or null where the scales are nested
+  const uint8_t* codes;        // [ceil(count / block)], nested scales
+  const float* nested_absmax;  // [ceil(blocks / 256)]
+  const float* map;            // [256]
+  float offset;
+  const float* codebook;  // [16]
+  int64_t rows, columns, block;
+  int64_t first_block;  // the scale that belongs to packed[0]; not 0 for one of several experts
+};
+
+// y[m, n] = sum_k x[m, k] W[n, k] + sum_j down[m, j] lora_b[n, j] + bias[n]
+struct FewRows {
+  const float* x;       // what `interleave` wrote, [inputs, interleaved_width(columns)]
+  const float* down;    // [inputs, rank], the scale included
+  const float* lora_b;  // [rows, rank], or null
+  const float* bias;    // [rows], or null
+  float* y;             // [inputs, rows]
+  int64_t inputs, rank;
+};
+
+template <typename T>
+struct TypedKernels {
+  // Codes and scales of blocks [block_begin, block_end) of `weight` [count].
+  void (*quantize)(const T* weight, int64_t count, const float* thresholds, int64_t block,
+                   int64_t block_begin, int64_t block_end, uint8_t* packed, float* absmax);
+  // out[i - begin] = W[i], flat, for i in [begin, end). `past_caches`: what nobody reads soon, and
+  // so need not be read before it is written either.
+  void (*dequantize)(const Weight& weight, int64_t begin, int64_t end, bool past_caches, T* out);
+  // out[i] = keep(seed, begin + i) ? x[i] * factor : 0; keeps where the element's Philox word is at
+  // least `threshold`, so 2^32 keeps nothing. In place where out is x.
+  void (*dropout)(const T* x, int64_t count, uint64_t seed, uint64_t threshold, double factor,
+                  int64_t begin, T* out);
+  void (*to_float)(const T* from, int64_t count, float* to);
+  void (*from_float)(const float* from, int64_t count, T* to);
+};
+
+struct Kernels {
+  TypedKernels<float> f32;
+  TypedKernels<double> f64;
+  TypedKernels<peftkern::bf16> bf16;
+  TypedKernels<peftkern::fp16> fp16;
+  // Room for one row of x in the order in which few_rows meets its codes.
+  int64_t (*interleaved_width)(int64_t columns);
+  void (*interleave)(const float* x, int64_t columns, float* out);
+  // Whether few_rows can read this weight: rows of whole blocks, and not too many.
+  bool (*serves_few_rows)(const Weight& weight);
+  // Rows [begin, end) of W, straight from the packed bytes.
+  void (*few_rows)(const Weight& weight, const FewRows& io, int64_t begin, int64_t end);
+  // out[m, j] = sum_k x[m, k] a[j, k] for j in [begin, end); out [inputs, rank].
+  void (*down)(const float* x, int64_t inputs, const float* a, int64_t rank, int64_t columns,
+               int64_t begin, int64_t end, float* out);
+};
+
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+namespace baseline {
+extern const Kernels kernels;
+}
+
+inline const Kernels& kernels() { return PEFTKERN_SELECT(kernels); }
+
+}  // namespace peftkern::qlora

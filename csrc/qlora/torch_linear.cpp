@@ -1,0 +1,159 @@
+// The binding of linear: y = x W^T + bias + scale * (D(x) A^T) B^T, group by group.
+#include "qlora/problem.h"
+
+namespace peftkern::qlora {
+namespace {
+
+// Up to here the packed bytes are read once and nothing is decoded into memory; above, the
+// library's product on decoded panels is faster (bench/qlora.py, rows "few rows").
+constexpr int64_t kFewRows = 16;
+
+// down = D(x) A^T for one run, into rows of `down` [inputs, rank].
+void down_of(const Problem& p, const Run& run, const Matrix& down) {
+  constexpr int64_t kRowsAtOnce = 4096;  // bounds the copy that dropout and 16-bit inputs need
+  if (run.adapter < 0) return;
+  Scratch scratch;
+  const Matrix a = as_dtype(p.a_of(run.adapter), p.sums, scratch);
+  for (int64_t begin = run.begin; begin < run.end; begin += kRowsAtOnce) {
+    Scratch piece;
+    const int64_t end = std::min(begin + kRowsAtOnce, run.end);
+    const Matrix z = dropped(p, begin, end, piece);
+    const Matrix out = down.part_rows(begin, end);
+    if (z.rows > kFewRows || p.sums != ScalarType::Float) {
+      multiply(out, z, a.transposed(), 0);
+      continue;
+    }
+    parallel(p.rank, z.rows * z.columns, [&](int64_t first, int64_t last) {
+      kernels().down(static_cast<const float*>(z.at(0, 0)), z.rows,
+                     static_cast<const float*>(a.at(0, 0)), p.rank, z.columns, first, last,
+                     static_cast<float*>(out.at(0, 0)));
+    });
+  }
+}
+
+// One run straight from the packed bytes.
+void few_rows(const Problem& p, const Run& run, const Matrix& down, const Matrix& y) {
+  Scratch scratch;
+  const auto f32 = ScalarType::Float;
+  const Weight weight = p.base.of_expert(run.expert);
+  const int64_t inputs = run.end - run.begin, width = kernels().interleaved_width(p.base.columns);
+  const Matrix x = as_dtype(p.x.part_rows(run.begin, run.end), f32, scratch);
+  float* interleaved = scratch.take<float>(inputs * width);
+  for (int64_t m = 0; m < inputs; ++m) {
+    kernels().interleave(static_cast<const float*>(x.at(m, 0)), p.base.columns,
+                         interleaved + m * width);
+  }
+  const Matrix target = y.part_rows(run.begin, run.end);
+  const bool direct = y.dtype == f32;
+  FewRows io{interleaved, nullptr, nullptr, nullptr, nullptr, inputs, p.rank};
+  io.y = direct ? static_cast<float*>(target.at(0, 0)) : scratch.take<float>(inputs * y.columns);
+  if (p.bias) io.bias = static_cast<float*>(as_dtype(p.bias_of(run.expert), f32, scratch).at(0, 0));
+  if (run.adapter >= 0) {
+    float* scaled = scratch.take<float>(inputs * p.rank);
+    const float* from = static_cast<const float*>(down.at(run.begin, 0));
+    for (int64_t i = 0; i < inputs * p.rank; ++i) {
+      scaled[i] = static_cast<float>(p.scale) * from[i];
+    }
+    io.down = scaled;
+    io.lora_b = static_cast<float*>(as_dtype(p.b_of(run.adapter), f32, scratch).at(0, 0));
+  }
+  parallel(p.base.rows, inputs * p.base.columns / 8,
+           [&](int64_t begin, int64_t end) { kernels().few_rows(weight, io, begin, end); });
+  if (!direct) convert(Matrix::dense(io.y, f32, inputs, y.columns), target);
+}
+
+// Into `out` [rows of the runs, n_end - n_begin]: bias and low-rank term. Whether anything was
+// there.
+bool start(const Problem& p, const Run* first, const Run* last, const Matrix& down, int64_t n_begin,
+           int64_t n_end, const Matrix& out) {
+  Scratch scratch;
+  if (p.bias) {
+    const Matrix bias =
+        as_dtype(p.bias_of(first->expert).part(0, 1, n_begin, n_end), out.dtype, scratch);
+    parallel(out.rows, out.columns, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        std::memcpy(out.at(row, 0), bias.at(0, 0),
+                    static_cast<size_t>(out.columns * size_of(out.dtype)));
+      }
+    });
+  }
+  for (const Run* run = first; run < last; ++run) {
+    const Matrix target = out.part_rows(run->begin - first->begin, run->end - first->begin);
+    Scratch piece;
+    if (run->adapter >= 0) {
+      const Matrix b = as_dtype(p.b_of(run->adapter).part_rows(n_begin, n_end), out.dtype, piece);
+      const Matrix s = as_dtype(down.part_rows(run->begin, run->end), out.dtype, piece);
+      multiply(target, s, b.transposed(), p.bias ? 1 : 0, p.scale);
+    } else if (p.rank && !p.bias) {
+      for (int64_t row = 0; row < target.rows; ++row) {
+        std::memset(target.at(row, 0), 0, static_cast<size_t>(out.columns * size_of(out.dtype)));
+      }
+    }
+  }
+  return p.bias || p.rank;
+}
+
+// One expert's rows, by panels of decoded weights.
+void panels(const Problem& p, const Run* first, const Run* last, const Matrix& down,
+            const Matrix& y) {
+  Scratch scratch;
+  const int64_t begin = first->begin, end = last[-1].end, n = p.base.rows;
+  const Matrix x = as_dtype(p.x.part_rows(begin, end), p.product, scratch);
+  const int64_t row_bytes = std::max<int64_t>(1, p.base.columns * size_of(p.product));
+  const int64_t height =
+      std::min(n, p.base.is_dense() ? n : std::max<int64_t>(64, kPanelBytes / row_bytes));
+  void* memory = scratch.take_bytes(height * row_bytes);
+  const bool direct = y.dtype == p.product;
+  void* buffer = direct ? nullptr : scratch.take_bytes((end - begin) * height * size_of(p.product));
+  for (int64_t row = 0; row < n; row += height) {
+    const int64_t stop = std::min(row + height, n);
+    const Matrix panel =
+        p.base.panel(first->expert, row, stop, 0, p.base.columns, p.product, memory);
+    const Matrix target = y.part(begin, end, row, stop);
+    const Matrix out = direct ? target : Matrix::dense(buffer, p.product, end - begin, stop - row);
+    const bool started = start(p, first, last, down, row, stop, out);
+    multiply(out, x, panel.transposed(), started ? 1 : 0);
+    if (!direct) convert(out, target);
+  }
+}
+
+}  // namespace
+
+Matrix dropped(const Problem& p, int64_t begin, int64_t end, Scratch& scratch) {
+  const Matrix rows = p.x.part_rows(begin, end);
+  if (p.dropout.p == 0) return as_dtype(rows, p.sums, scratch);
+  void* memory = scratch.take_bytes(rows.rows * rows.columns * size_of(p.sums));
+  const Matrix z = Matrix::dense(memory, p.sums, rows.rows, rows.columns);
+  convert(rows, z);
+  p.dropout.apply(z, begin, 0, rows.columns);
+  return z;
+}
+
+std::tuple<Tensor, Tensor> linear(const Tensor& x, std::vector<Tensor> weight,
+                                  std::vector<int64_t> layout, const MaybeTensor& bias,
+                                  const MaybeTensor& lora_a, const MaybeTensor& lora_b,
+                                  double scale, double dropout, const MaybeTensor& seed,
+                                  const MaybeTensor& offsets, const MaybeTensor& adapter) {
+  const Problem p(x, weight, layout, bias, lora_a, lora_b, scale, dropout, seed, offsets, adapter);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = p.base.rows;
+  Tensor y = torch::stable::new_empty(x, shape);
+  Tensor down = torch::stable::new_empty(x, {p.x.rows, p.rank}, p.sums);
+  const Matrix out = Matrix::of(y, p.x.rows, p.base.rows);
+  const Matrix s = Matrix::of(down, p.x.rows, p.rank);
+  for (const Run& run : p.runs) down_of(p, run, s);
+  const bool packed =
+      !p.base.is_dense() && p.sums == ScalarType::Float && kernels().serves_few_rows(p.base.codes);
+  p.for_each_expert([&](const Run* first, const Run* last) {
+    if (packed && last[-1].end - first->begin <= kFewRows) {
+      for (const Run* run = first; run < last; ++run) few_rows(p, *run, s, out);
+    } else {
+      panels(p, first, last, s, out);
+    }
+  });
+  return {y, down};
+}
+
+PEFTKERN_OPS(CPU, m) { m.impl("qlora_linear", TORCH_BOX(&linear)); }
+
+}  // namespace peftkern::qlora

@@ -1,0 +1,181 @@
+// The binding of linear's gradient. With t = scale * g B:
+//   grad_x = g W + D(t A)     grad_a = t^T D(x)     grad_b = scale * g^T down     grad_bias = sum g
+#include "qlora/problem.h"
+
+namespace peftkern::qlora {
+namespace {
+
+// Rows of g that are turned to the sums' dtype at a time.
+constexpr int64_t kRowsAtOnce = 4096;
+
+// What a call adds up, in the sums' dtype; a null pointer is a gradient nobody asked for.
+struct Sums {
+  Matrix t{}, bias{}, a{}, b{}, weight{};
+
+  static Matrix zeros(bool needed, int64_t rows, int64_t columns, ScalarType dtype,
+                      Scratch& scratch) {
+    if (!needed) return {};
+    const auto bytes = rows * columns * size_of(dtype);
+    return Matrix::dense(std::memset(scratch.take_bytes(bytes), 0, static_cast<size_t>(bytes)),
+                         dtype, rows, columns);
+  }
+};
+
+// Part i of a stack of equal parts.
+Matrix part_of(const Matrix& stack, int64_t i, int64_t rows) {
+  return stack.part_rows(i * rows, (i + 1) * rows);
+}
+
+Matrix row_of_ones(int64_t count, ScalarType dtype, Scratch& scratch) {
+  void* memory = scratch.take_bytes(count * size_of(dtype));
+  if (dtype == ScalarType::Double) {
+    std::fill_n(static_cast<double*>(memory), count, 1.0);
+  } else {
+    std::fill_n(static_cast<float*>(memory), count, 1.0f);
+  }
+  return Matrix::dense(memory, dtype, 1, count);
+}
+
+void add_run(const Problem& p, const Run& run, const Matrix& grad, const Matrix& down,
+             const Sums& sums) {
+  Scratch scratch;
+  const bool low_rank = run.adapter >= 0 && sums.t.data;
+  const Matrix b = low_rank ? as_dtype(p.b_of(run.adapter), p.sums, scratch) : Matrix{};
+  for (int64_t begin = run.begin; begin < run.end; begin += kRowsAtOnce) {
+    Scratch piece;
+    const int64_t end = std::min(begin + kRowsAtOnce, run.end);
+    const Matrix g = as_dtype(grad.part_rows(begin, end), p.sums, piece);
+    if (sums.bias.data) {
+      const Matrix ones = row_of_ones(g.rows, p.sums, piece);
+      multiply(part_of(sums.bias, run.expert, 1), ones, g, 1);
+    }
+    if (sums.weight.data) {
+      const Matrix x = as_dtype(p.x.part_rows(begin, end), p.sums, piece);
+      multiply(part_of(sums.weight, run.expert, p.base.rows), g.transposed(), x, 1);
+    }
+    if (!low_rank) continue;
+    const Matrix t = sums.t.part_rows(begin, end);
+    multiply(t, g, b, 0, p.scale);
+    if (sums.b.data) {
+      multiply(part_of(sums.b, run.adapter, p.base.rows), g.transposed(),
+               down.part_rows(begin, end), 1, p.scale);
+    }
+    if (sums.a.data) {
+      const Matrix z = dropped(p, begin, end, piece);
+      multiply(part_of(sums.a, run.adapter, p.rank), t.transposed(), z, 1);
+    }
+  }
+}
+
+// Into `out` [rows of the runs, k_end - k_begin]: D(t A). Whether anything was there.
+bool start(const Problem& p, const Run* first, const Run* last, const Matrix& t, int64_t k_begin,
+           int64_t k_end, const Matrix& out) {
+  if (!t.data) return false;
+  for (const Run* run = first; run < last; ++run) {
+    Scratch scratch;
+    const Matrix target = out.part_rows(run->begin - first->begin, run->end - first->begin);
+    const bool direct = target.dtype == p.sums;
+    const Matrix u =
+        direct ? target
+               : Matrix::dense(scratch.take_bytes(target.rows * target.columns * size_of(p.sums)),
+                               p.sums, target.rows, target.columns);
+    if (run->adapter < 0) {
+      for (int64_t row = 0; row < u.rows; ++row) {
+        std::memset(u.at(row, 0), 0, static_cast<size_t>(u.columns * size_of(u.dtype)));
+      }
+    } else {
+      const Matrix a =
+          as_dtype(p.a_of(run->adapter).part(0, p.rank, k_begin, k_end), p.sums, scratch);
+      multiply(u, t.part_rows(run->begin, run->end), a, 0);
+      p.dropout.apply(u, run->begin, k_begin, p.base.columns);
+    }
+    if (!direct) convert(u, target);
+  }
+  return true;
+}
+
+// grad_x of one expert's rows, by panels of columns, so that each element is rounded once.
+void panels(const Problem& p, const Run* first, const Run* last, const Matrix& grad,
+            const Matrix& t, const Matrix& grad_x) {
+  Scratch scratch;
+  const int64_t begin = first->begin, end = last[-1].end, k = p.base.columns;
+  const Matrix g = as_dtype(grad.part_rows(begin, end), p.product, scratch);
+  const int64_t column_bytes = std::max<int64_t>(1, p.base.rows * size_of(p.product));
+  const int64_t width = std::min(
+      k, p.base.is_dense() ? k : std::max<int64_t>(64, kPanelBytes / column_bytes / 64 * 64));
+  void* memory = scratch.take_bytes(width * column_bytes);
+  const bool direct = grad_x.dtype == p.product;
+  void* buffer = direct ? nullptr : scratch.take_bytes((end - begin) * width * size_of(p.product));
+  for (int64_t column = 0; column < k; column += width) {
+    const int64_t stop = std::min(column + width, k);
+    const Matrix panel =
+        p.base.panel(first->expert, 0, p.base.rows, column, stop, p.product, memory);
+    const Matrix target = grad_x.part(begin, end, column, stop);
+    const Matrix out =
+        direct ? target : Matrix::dense(buffer, p.product, end - begin, stop - column);
+    const bool started = start(p, first, last, t, column, stop, out);
+    multiply(out, g, panel, started ? 1 : 0);
+    if (!direct) convert(out, target);
+  }
+}
+
+}  // namespace
+
+// `needs` and the result: x, weight, bias, lora_a, lora_b; only what is needed is returned.
+std::vector<Tensor> linear_bwd(const Tensor& grad_tensor, const Tensor& x,
+                               const Tensor& down_tensor, std::vector<Tensor> weight,
+                               std::vector<int64_t> layout, const MaybeTensor& bias,
+                               const MaybeTensor& lora_a, const MaybeTensor& lora_b, double scale,
+                               double dropout, const MaybeTensor& seed, const MaybeTensor& offsets,
+                               const MaybeTensor& adapter, std::vector<bool> needs) {
+  const Problem p(x, weight, layout, bias, lora_a, lora_b, scale, dropout, seed, offsets, adapter);
+  check_count(grad_tensor, "grad", p.x.rows * p.base.rows);
+  check_count(down_tensor, "down", p.x.rows * p.rank);
+  check_dtype(grad_tensor, "grad", x.scalar_type());
+  check_dtype(down_tensor, "down", p.sums);
+  const Matrix grad = Matrix::of(grad_tensor, p.x.rows, p.base.rows);
+  const Matrix down = Matrix::of(down_tensor, p.x.rows, p.rank);
+  const bool need_x = needs.at(0), need_weight = needs.at(1), need_bias = needs.at(2) && bias,
+             need_a = needs.at(3) && p.rank, need_b = needs.at(4) && p.rank;
+  Scratch scratch;
+  std::vector<Tensor> out;
+  Matrix grad_x{};
+  if (need_x) {
+    out.push_back(torch::stable::empty_like(x));
+    grad_x = Matrix::of(out.back(), p.x.rows, p.base.columns);
+  }
+  // Where a parameter has the sums' dtype, its gradient is summed up in place.
+  std::vector<std::pair<Matrix, Matrix>> rounded;
+  const auto sum_for = [&](bool needed, const Tensor& parameter, int64_t rows, int64_t columns) {
+    if (!needed) return Matrix{};
+    out.push_back(torch::stable::empty_like(parameter));
+    const Matrix target = Matrix::of(out.back(), rows, columns);
+    if (target.dtype != p.sums) {
+      rounded.emplace_back(Sums::zeros(true, rows, columns, p.sums, scratch), target);
+      return rounded.back().first;
+    }
+    std::memset(target.data, 0, static_cast<size_t>(rows * columns * size_of(target.dtype)));
+    return target;
+  };
+  Sums sums;
+  sums.weight = sum_for(need_weight, weight[0], p.base.experts * p.base.rows, p.base.columns);
+  if (bias) sums.bias = sum_for(need_bias, *bias, p.base.experts, p.base.rows);
+  if (p.rank) {
+    const int64_t adapters = lora_a->numel() / std::max<int64_t>(1, p.rank * p.base.columns);
+    sums.a = sum_for(need_a, *lora_a, adapters * p.rank, p.base.columns);
+    sums.b = sum_for(need_b, *lora_b, adapters * p.base.rows, p.rank);
+    const bool need_t = need_x || need_a || need_b;
+    sums.t = Sums::zeros(need_t, p.x.rows, p.rank, p.sums, scratch);
+  }
+  for (const Run& run : p.runs) add_run(p, run, grad, down, sums);
+  if (need_x) {
+    p.for_each_expert(
+        [&](const Run* first, const Run* last) { panels(p, first, last, grad, sums.t, grad_x); });
+  }
+  for (const auto& [sum, target] : rounded) convert(sum, target);
+  return out;
+}
+
+PEFTKERN_OPS(CPU, m) { m.impl("qlora_linear_bwd", TORCH_BOX(&linear_bwd)); }
+
+}  // namespace peftkern::qlora
