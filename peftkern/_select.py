@@ -154,5 +154,6 @@ def unmatched(config: LoraConfig, names: dict[nn.Module, list[str]]) -> list[str
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """By name, so that formats that peftkern does not know are reported too."""
-    return "Linear" in type(module).__name__ or is_a(module, "transformers", "Conv1D")
+    """By name too, so that formats that peftkern does not know are reported."""
+    named = "Linear" in type(module).__name__
+    return named or isinstance(module, nn.Linear) or is_a(module, "transformers", "Conv1D")
