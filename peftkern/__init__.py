@@ -1,6 +1,25 @@
 """Fused kernels for parameter-efficient fine-tuning."""
 
 from peftkern import qlora
+from peftkern.adapt import Skipped, adapt, trainable_parameters
+from peftkern.files import adapter_state_dict, load_adapter, save_adapter
+from peftkern.info import Info, info
 from peftkern.qlora import LoraConfig, QLoRALinear
+from peftkern.report import Report, Row, report
 
-__all__ = ["LoraConfig", "QLoRALinear", "qlora"]
+__all__ = [
+    "Info",
+    "LoraConfig",
+    "QLoRALinear",
+    "Report",
+    "Row",
+    "Skipped",
+    "adapt",
+    "adapter_state_dict",
+    "info",
+    "load_adapter",
+    "qlora",
+    "report",
+    "save_adapter",
+    "trainable_parameters",
+]

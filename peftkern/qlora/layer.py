@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -60,6 +61,18 @@ class LoraConfig:
                 "init_lora_weights must be True, False or 'gaussian', "
                 f"got {self.init_lora_weights!r}"
             )
+        expressions = [("rank_pattern", k) for k in self.rank_pattern]
+        expressions += [("alpha_pattern", k) for k in self.alpha_pattern]
+        for name, value in (("target", self.target_modules), ("exclude", self.exclude_modules)):
+            if isinstance(value, str):
+                expressions.append((f"{name}_modules", value))
+        for name, expression in expressions:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(
+                    f"{name} must be a regular expression, got {expression!r} ({error})"
+                ) from error
         if self.base is not None:
             find_format(self.base)
         if self.block_size not in BLOCK_SIZES:
@@ -86,22 +99,27 @@ class QLoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.r, self.lora_alpha, self.lora_dropout = (
-            config.r,
-            config.lora_alpha,
-            config.lora_dropout,
-        )
-        self.use_rslora = config.use_rslora
-        self.scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-        quantized = isinstance(weight, QuantizedWeight)
-        self.weight = _frozen(weight.packed if quantized else weight)
+        self.r, self.lora_dropout = config.r, config.lora_dropout
+        self.rescale(config)
+        self._quantized: QuantizedWeight | None = None
+        dtype = torch.float32
+        if isinstance(weight, QuantizedWeight):
+            self.weight = _frozen(weight.packed)
+            self._quantized = replace(weight, packed=self.weight)
+        else:
+            self.weight = _frozen(weight)
+            # At least float32, as in peft: small steps vanish in the sums of 16-bit parameters.
+            dtype = torch.promote_types(weight.dtype, dtype)
         self.bias = None if bias is None else _frozen(bias)
-        self._quantized = replace(weight, packed=self.weight) if quantized else None
-        options: dict[str, Any] = {"device": weight.device}
-        options["dtype"] = torch.float32 if quantized else weight.dtype
+        options: dict[str, Any] = {"device": weight.device, "dtype": dtype}
         self.lora_A = nn.Parameter(torch.empty(config.r, self.in_features, **options))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.r, **options))
         self._initialize(config.init_lora_weights)
+
+    def rescale(self, config: LoraConfig) -> None:
+        """Takes the scale of the low-rank term from the config's alpha and rule."""
+        self.lora_alpha, self.use_rslora = config.lora_alpha, config.use_rslora
+        self.scaling = config.lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
 
     def _initialize(self, how: bool | str) -> None:
         if how == "gaussian":
@@ -139,7 +157,7 @@ class QLoRALinear(nn.Module):
         weight: Tensor = linear.weight  # type: ignore[assignment]
         base: QuantizedWeight | Tensor
         if getattr(weight, "quant_state", None) is not None:
-            base = QuantizedWeight.from_bnb(weight)  # type: ignore[arg-type]
+            base = QuantizedWeight.from_bnb(weight)
         elif config.base is None:
             base = weight
         else:
@@ -160,7 +178,7 @@ class QLoRALinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> QLoRALinear:
         """The scales follow the packed bytes from device to device, and keep their dtype."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._quantized is not None:
             moved = self._quantized.scales_to(self.weight.device)
             self._quantized = replace(moved, packed=self.weight)
@@ -206,5 +224,6 @@ class QLoRALinear(nn.Module):
 def _frozen(tensor: Tensor) -> nn.Parameter:
     """The very parameter where it is one, so that tied weights stay tied."""
     if isinstance(tensor, nn.Parameter) and type(tensor) is nn.Parameter:
-        return tensor.requires_grad_(False)
+        tensor.requires_grad_(False)
+        return tensor
     return nn.Parameter(tensor, requires_grad=False)

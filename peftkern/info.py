@@ -1,0 +1,102 @@
+"""What this build is, what this machine has, and which kernel serves which device."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from peftkern import _native
+
+BUILD_FACTS = ("version", "commit", "compiler", "torch", "isas")
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a bug report needs; prints as `python -m peftkern` shows it.
+
+    Args:
+        version: of peftkern, or "unknown" where it runs uninstalled from its sources.
+        build: facts of the compiled library (commit, compiler, torch, isas); empty without one.
+        python: its version and the platform.
+        torch: the version that runs.
+        devices: the CPU's threads, and every GPU by name.
+        isa: the instruction set that the CPU kernels use, "none" without a compiled library.
+        available_isas: those that build and CPU both have.
+        kernels: for every op and device, "C++" or "reference" (plain torch).
+    """
+
+    version: str
+    build: dict[str, str]
+    python: str
+    torch: str
+    devices: dict[str, str]
+    isa: str
+    available_isas: tuple[str, ...]
+    kernels: dict[str, dict[str, str]]
+
+    def __str__(self) -> str:
+        build = ", ".join(f"{name} {value}" for name, value in self.build.items())
+        isas = ", ".join(self.available_isas) or "none"
+        lines = [
+            f"peftkern {self.version}",
+            f"build    {build or 'no compiled library: every op runs its reference'}",
+            f"python   {self.python}",
+            f"torch    {self.torch}",
+            *(f"{device:8} {facts}" for device, facts in self.devices.items()),
+            f"isa      {self.isa} (available: {isas})",
+            "",
+        ]
+        width = max(map(len, self.kernels), default=0)
+        for op, kernels in self.kernels.items():
+            served = ", ".join(f"{device}: {kernel}" for device, kernel in kernels.items())
+            lines.append(f"{op:{width}}  {served}")
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """What this build is, what this machine has, and which kernel serves which device.
+
+    Returns:
+        An `Info`; its text is what `python -m peftkern` prints.
+    """
+    build = _build_facts()
+    return Info(
+        version=build.pop("version", "") or _installed_version(),
+        build=build,
+        python=f"{platform.python_version()} on {platform.platform()}",
+        torch=torch.__version__,
+        devices=_devices(),
+        isa=_native.isa(),
+        available_isas=_native.available_isas(),
+        kernels=_native.kernels(),
+    )
+
+
+def _build_facts() -> dict[str, str]:
+    try:
+        facts = importlib.import_module("peftkern._build")
+    except ModuleNotFoundError:
+        return {}
+    return {name: str(getattr(facts, name)) for name in BUILD_FACTS}
+
+
+def _installed_version() -> str:
+    try:
+        return importlib.metadata.version("peftkern")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _devices() -> dict[str, str]:
+    machine = platform.processor() or platform.machine()
+    devices = {"cpu": f"{machine}, {torch.get_num_threads()} threads"}
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        devices[f"cuda:{i}"] = (
+            f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"
+        )
+    return devices

@@ -1,0 +1,39 @@
+"""What every test runs under: no silent fallback, no unnoticed read of fresh memory."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from peftkern import _native
+
+if _native.loaded:  # without the compiled library there is nothing but the references to test
+    os.environ["PEFTKERN_STRICT"] = "1"
+
+# Fills every fresh buffer with NaN too, those of at::empty included.
+torch.use_deterministic_algorithms(True)
+
+# `isa` and monkeypatch hold for all examples of a test, which is what is meant here.
+settings.register_profile(
+    "peftkern",
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("peftkern")
+
+
+@pytest.fixture(scope="session", params=["cpu", *["cuda"] * torch.cuda.is_available()])
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=_native.available_isas() or ("none",))
+def isa(request):
+    """Every instruction set that this machine and this build have."""
+    if request.param == "none":
+        yield request.param
+    else:
+        with _native.using_isa(request.param):
+            yield request.param

@@ -1,0 +1,424 @@
+"""Placing adapters: where they go, what they leave alone, and what happens when they do not fit."""
+
+import copy
+
+import bitsandbytes as bnb
+import peft
+import pytest
+import torch
+import transformers
+from models import assert_unchanged, disturb, snapshot, tokens, toy
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import peftkern
+from peftkern import LoraConfig, QLoRALinear
+from peftkern.qlora import dequantize, reference
+
+
+def placed(model):
+    return [name for name, module in model.named_modules() if isinstance(module, QLoRALinear)]
+
+
+def reasons(model):
+    return {s.name: s.reason for s in peftkern.report(model).skipped}
+
+
+def test_all_linear_leaves_heads_and_routers_alone():
+    model = peftkern.adapt(toy(), LoraConfig())
+    ends = ("q_proj", "gate_proj", "down_proj")
+    assert placed(model) == [f"layers.{i}.{end}" for i in range(2) for end in ends]
+    assert "output head" in reasons(model)["lm_head"]
+    assert "router" in reasons(model)["layers.0.gate"]
+
+
+def test_all_linear_asks_the_model_for_its_head():
+    config = transformers.BertConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=24, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = nn.ModuleDict({"language": transformers.BertForMaskedLM(config)})
+    peftkern.adapt(model, LoraConfig())
+    assert len(placed(model)) == 7
+    assert list(reasons(model)) == ["language.cls.predictions.decoder"]
+
+
+def test_adapt_returns_the_same_model_which_still_computes_the_same():
+    model, plain = toy(), toy()
+    assert peftkern.adapt(model, LoraConfig()) is model
+    torch.testing.assert_close(model(tokens()), plain(tokens()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(target_modules=["q_proj", "0.down_proj"]),
+        dict(target_modules=["layers.1.q_proj"], exclude_modules=["q_proj.x"]),
+        dict(target_modules=["q_proj", "gate"], exclude_modules=["0.gate"]),
+        dict(target_modules=r".*\.1\.(q|down)_proj"),
+        dict(target_modules=r".*proj", exclude_modules=r".*0\..*"),
+        dict(target_modules=["proj", "q_proj"]),
+        dict(target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 3}),
+        dict(
+            target_modules=["q_proj", "down_proj"],
+            rank_pattern={r"layers.0.*": 3, "q_proj": 5},
+            alpha_pattern={"^layers.1.q_proj": 7, "layers.1.down_pro": 1},
+            use_rslora=True,
+        ),
+    ],
+)
+def test_names_and_patterns_mean_what_they_mean_in_peft(options):
+    ours = peftkern.adapt(toy(), LoraConfig(r=4, lora_alpha=6, **options))
+    theirs = peft.get_peft_model(toy(), peft.LoraConfig(r=4, lora_alpha=6, **options)).base_model
+    layers = {
+        name: (module.r["default"], module.scaling["default"])
+        for name, module in theirs.model.named_modules()
+        if isinstance(module, peft.tuners.lora.Linear)
+    }
+    assert {n: (m.r, m.scaling) for n in placed(ours) if (m := ours.get_submodule(n))} == layers
+
+
+def test_a_list_may_name_heads_and_routers():
+    model = peftkern.adapt(toy(), LoraConfig(target_modules=["lm_head", "0.gate"]))
+    assert placed(model) == ["layers.0.gate", "lm_head"]
+
+
+def test_what_matches_in_part_is_reported():
+    model = peftkern.adapt(toy(), LoraConfig(target_modules=["q_proj", "typo_proj", "embed"]))
+    assert reasons(model)["typo_proj"] == "names no module"
+    assert "Embedding" in reasons(model)["embed"]
+
+
+def test_everything_is_frozen_but_adapters_old_and_new():
+    model = peftkern.adapt(toy(), LoraConfig(target_modules=["q_proj"]))
+    peftkern.adapt(model, LoraConfig(target_modules=["down_proj"]))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    ends = ("q_proj.lora_A", "q_proj.lora_B", "down_proj.lora_A", "down_proj.lora_B")
+    assert trained == {f"layers.{i}.{end}" for i in range(2) for end in ends}
+    assert {id(p) for p in peftkern.trainable_parameters(model)} == {
+        id(p) for name, p in model.named_parameters() if name in trained
+    }
+
+
+def test_an_adapter_that_is_there_stays_as_it_is():
+    model = peftkern.adapt(toy(), LoraConfig(target_modules=["q_proj"]))
+    layer, values = model.layers[0].q_proj, disturb(model).layers[0].q_proj.lora_B.clone()
+    peftkern.adapt(model, LoraConfig(r=2))
+    assert model.layers[0].q_proj is layer and torch.equal(layer.lora_B, values)
+    assert reasons(model)["layers.0.q_proj"] == "has an adapter already"
+
+
+def test_configs_of_a_tuple_apply_in_order():
+    configs = (LoraConfig(r=2, target_modules=["q_proj"]), LoraConfig(r=3))
+    model = peftkern.adapt(toy(), configs)
+    assert (model.layers[0].q_proj.r, model.layers[0].down_proj.r) == (2, 3)
+
+
+def test_a_training_step_changes_adapters_alone():
+    model = peftkern.adapt(toy(), LoraConfig(base="nf4"))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimiser = torch.optim.SGD(peftkern.trainable_parameters(model), lr=1.0)
+    for _ in range(2):  # in the first, A has no gradient yet, since B is zero
+        optimiser.zero_grad()
+        model.train()(tokens()).square().mean().backward()
+        optimiser.step()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if "lora_" in name}
+
+
+def test_tied_weights_stay_tied_and_are_not_quantised():
+    model = toy(tied=True)
+    peftkern.adapt(model, LoraConfig(target_modules=["lm_head", "q_proj"], base="nf4"))
+    assert model.lm_head.weight is model.embed.weight
+    assert model.lm_head.quantized_weight is None
+    assert model.layers[0].q_proj.quantized_weight is not None
+    assert "tied to embed" in reasons(model)["lm_head"]
+
+
+def test_a_module_in_two_places_gets_one_adapter():
+    model = toy()
+    model.layers[1].q_proj = model.layers[0].q_proj
+    peftkern.adapt(model, LoraConfig(target_modules=["1.q_proj"]))
+    assert isinstance(model.layers[1].q_proj, QLoRALinear)
+    assert model.layers[1].q_proj is model.layers[0].q_proj
+
+
+def test_a_dense_base_is_shared_and_takes_the_precision_of_its_adapter():
+    model = toy().bfloat16()
+    weight = model.layers[0].q_proj.weight
+    peftkern.adapt(model, LoraConfig())
+    assert model.layers[0].q_proj.weight is weight
+    assert model.layers[0].q_proj.lora_A.dtype == torch.float32
+
+
+@pytest.mark.parametrize("base", [None, "nf4"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_bitsandbytes_weights_are_taken_as_they_are(nested, base):
+    # bitsandbytes on AVX-512 CPUs is wrong where a row is no multiple of its block of 64
+    model = toy(width=64)
+    layer = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compress_statistics=nested)
+    model.layers[0].q_proj = layer
+    model.to("cpu")  # bitsandbytes quantises on the way
+    expected = model.train()(tokens())
+    peftkern.adapt(model, LoraConfig(target_modules=["0.q_proj"], base=base))
+    ours = model.layers[0].q_proj
+    assert ours.weight.data_ptr() == layer.weight.data_ptr()
+    assert ours.quantized_weight.absmax.data_ptr() == layer.weight.quant_state.absmax.data_ptr()
+    torch.testing.assert_close(model(tokens()), expected)
+
+
+def test_a_transposed_weight_is_quantised_but_never_copied():
+    model = toy()
+    convolution = model.layers[0].q_proj = Conv1D(32, 32)
+    peftkern.adapt(model, LoraConfig(base="nf4", nested=False))
+    layer, x = model.layers[0].q_proj, torch.randn(3, 32)
+    weight = dequantize(layer.quantized_weight)
+    assert (weight - convolution.weight.t()).abs().max() < 0.2 * convolution.weight.abs().max()
+    torch.testing.assert_close(layer(x), reference.linear(x, weight, convolution.bias))
+
+    model = toy()
+    model.layers[0].q_proj = Conv1D(32, 32)
+    peftkern.adapt(model, LoraConfig())
+    assert "transposed" in reasons(model)["layers.0.q_proj"]
+
+
+def eight_bit(layer):
+    return bnb.nn.Linear8bitLt(32, 32, has_fp16_weights=False)
+
+
+def unknown_format(layer):
+    return bnb.nn.Linear4bit(32, 32, quant_type="fp4").to("cpu")
+
+
+def not_quantised(layer):
+    return bnb.nn.Linear4bit(32, 32, quant_type="nf4")
+
+
+def repacked(layer):
+    layer = bnb.nn.Linear4bit(32, 32, quant_type="nf4").to("cpu")
+    layer.weight.quant_state.packing_format_for_cpu = True  # what an eval forward leaves behind
+    return layer
+
+
+def own_forward(layer):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    return Scaled(32, 32)
+
+
+def patched_forward(layer):
+    layer.forward = layer.forward
+    return layer
+
+
+def parametrised(layer):
+    return nn.utils.parametrizations.weight_norm(layer)
+
+
+def on_meta(layer):
+    return layer.to("meta")
+
+
+def transposed(layer):
+    layer.weight = nn.Parameter(layer.weight.t())
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (eight_bit, "none of nn.Linear"),
+        (unknown_format, "fp4"),
+        (not_quantised, "not quantised yet"),
+        (repacked, "repacked"),
+        (own_forward, "Scaled"),
+        (patched_forward, "replaced on the instance"),
+        (parametrised, "computed"),
+        (on_meta, "meta"),
+        (transposed, "transposed"),
+    ],
+)
+def test_what_does_not_fit_is_left_alone_with_its_reason(change, reason):
+    model = toy()
+    layer = model.layers[0].q_proj = change(model.layers[0].q_proj)
+    peftkern.adapt(model, LoraConfig())
+    assert model.layers[0].q_proj is layer
+    assert reason in reasons(model)["layers.0.q_proj"]
+
+
+@pytest.mark.parametrize("inner", ["self_attn.out_proj", "linear1"])
+def test_weights_that_torch_reads_past_their_module_are_left_alone(inner):
+    model = nn.Sequential(nn.TransformerEncoderLayer(32, 2, 32), nn.Linear(32, 32))
+    peftkern.adapt(model, LoraConfig())
+    assert placed(model) == ["1"]
+    assert "without calling" in reasons(model)[f"0.{inner}"]
+
+
+def test_adapters_of_peft_keep_their_inside_and_their_training():
+    model = peft.get_peft_model(toy(), peft.LoraConfig(target_modules=["q_proj"]))
+    before = {name for name, p in model.named_parameters() if p.requires_grad}
+    peftkern.adapt(model, LoraConfig(target_modules=r".*(0\.down_proj|0\.q_proj\.base_layer)"))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert placed(model) == ["base_model.model.layers.0.down_proj"]
+    assert trained - before == {f"base_model.model.layers.0.down_proj.lora_{part}" for part in "AB"}
+    assert before <= trained
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["typo"]),
+        LoraConfig(target_modules="typo"),
+        LoraConfig(target_modules=["embed"]),
+        LoraConfig(exclude_modules=r".*"),
+        (LoraConfig(), LoraConfig(target_modules=["typo"])),
+        (LoraConfig(), LoraConfig()),
+        (),
+    ],
+)
+def test_a_config_that_finds_nothing_changes_nothing(config):
+    model = toy()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="must"):
+        peftkern.adapt(model, config)
+    assert_unchanged(model, before)
+
+
+def test_the_refusal_lists_the_names_that_were_there():
+    with pytest.raises(ValueError, match=r"got \['typo'\].*layers\.\*\.q_proj.*lm_head.*typo"):
+        peftkern.adapt(toy(), LoraConfig(target_modules=["typo"]))
+
+
+def test_a_linear_alone_has_no_place_for_an_adapter():
+    with pytest.raises(ValueError, match="linears there: none"):
+        peftkern.adapt(nn.Linear(4, 4), LoraConfig())
+
+
+def test_a_failure_on_the_way_leaves_the_model_unchanged(monkeypatch):
+    model, built = toy(), []
+    model.lm_head.requires_grad_(False)
+    before = snapshot(model)
+    from_config = QLoRALinear.from_config
+
+    def fail_at_third(linear, config):
+        built.append(from_config(linear, config))
+        if len(built) == 3:
+            raise MemoryError("no more")
+        return built[-1]
+
+    monkeypatch.setattr(QLoRALinear, "from_config", fail_at_third)
+    with pytest.raises(MemoryError):
+        peftkern.adapt(model, LoraConfig())
+    assert_unchanged(model, before)
+
+
+def test_hooks_move_along_and_their_handles_still_remove_them():
+    model, calls = toy(), []
+    linear = model.layers[0].q_proj
+    handles = [
+        linear.register_forward_pre_hook(lambda *args: calls.append("pre")),
+        linear.register_forward_hook(
+            lambda *args, **kwargs: calls.append("post"), with_kwargs=True
+        ),
+        linear.register_full_backward_hook(lambda *args: calls.append("backward")),
+    ]
+    peftkern.adapt(model, LoraConfig())
+    model(tokens()).sum().backward()
+    assert calls == ["pre", "post", "backward"]
+    for handle in handles:
+        handle.remove()
+    model(tokens()).sum().backward()
+    assert len(calls) == 3
+
+
+def test_an_adapted_model_can_be_copied():
+    model = disturb(peftkern.adapt(toy(tied=True), LoraConfig(base="nf4")))
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(tokens()), model(tokens()))
+    assert twin.layers[0].q_proj.weight.data_ptr() != model.layers[0].q_proj.weight.data_ptr()
+
+
+def test_the_config_of_peft_is_taken_where_it_means_the_same():
+    options = dict(
+        r=4, lora_alpha=6, lora_dropout=0.25, use_rslora=True, rank_pattern={"down_proj": 2},
+        target_modules=["q_proj", "down_proj"], exclude_modules=["0.q_proj"],
+        init_lora_weights="gaussian",
+    )  # fmt: skip
+    models = []
+    for config in (LoraConfig(**options), peft.LoraConfig(task_type="CAUSAL_LM", **options)):
+        model = toy()
+        torch.manual_seed(3)
+        models.append(peftkern.adapt(model, config))
+    ours, theirs = (m.state_dict() for m in models)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert [str(m) for m in models[0].modules()] == [str(m) for m in models[1].modules()]
+    assert placed(peftkern.adapt(toy(), peft.LoraConfig(target_modules="ALL-linear"))) == placed(
+        peftkern.adapt(toy(), LoraConfig())
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        ("use_dora", dict(use_dora=True)),
+        ("bias", dict(bias="all")),
+        ("modules_to_save", dict(modules_to_save=["lm_head"])),
+        ("init_lora_weights", dict(init_lora_weights="pissa")),
+        ("layers_to_transform", dict(layers_to_transform=[0])),
+        ("lora_bias", dict(lora_bias=True)),
+        ("use_qalora", dict(use_qalora=True)),
+        ("target_parameters", dict(target_parameters=["q_proj.weight"])),
+        ("target_modules", dict(target_modules=None)),
+        ("alora_invocation_tokens", dict(alora_invocation_tokens=[1])),
+    ],
+)
+def test_the_config_of_peft_is_refused_field_by_field(field, options):
+    model = toy()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"^{field} must"):
+        peftkern.adapt(model, peft.LoraConfig(**{"target_modules": ["q_proj"], **options}))
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("config", [None, {"r": 4}, "all-linear", peft.AdaLoraConfig(total_step=1)])
+def test_other_objects_are_no_config(config):
+    with pytest.raises(TypeError, match="^config must be"):
+        peftkern.adapt(toy(), config)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(rank_pattern={"(": 2}), dict(target_modules="("), dict(exclude_modules="(")]
+)
+def test_a_config_refuses_what_is_no_regular_expression(options):
+    with pytest.raises(ValueError, match=f"^{next(iter(options))} must be a regular expression"):
+        LoraConfig(**options)
+
+
+def test_the_report_counts_what_is_there():
+    model = toy()
+    configs = (
+        LoraConfig(r=2, lora_alpha=4, base="nf4", target_modules=["q_proj"]),
+        LoraConfig(r=2, lora_alpha=4, target_modules=["0.down_proj"]),
+        LoraConfig(r=32, lora_alpha=64, target_modules=["1.down_proj"]),
+    )
+    report = peftkern.report(peftkern.adapt(model, configs))
+    rows = {row.name: row for row in report.rows}
+    quantised, dense = rows["layers.0.q_proj"], rows["layers.0.down_proj"]
+    assert (quantised.layer, quantised.format, quantised.trainable) == ("QLoRALinear", "nf4", 128)
+    scales = 16 + 4 + 4 * 256 + 4 + 4 * 16  # codes, their scale, map, offset, codebook
+    assert quantised.bytes == 32 * 32 // 2 + scales + 4 * 32 + 4 * 128
+    assert quantised.mergeable == "no: 4-bit base" and quantised.vllm.startswith("yes, with")
+    assert (dense.format, dense.mergeable) == ("float32", "exact")
+    assert dense.bytes == 4 * (64 * 32 + 32 + 2 * (64 + 32))
+    assert rows["layers.1.down_proj"].vllm == "no: a rank or alpha of its own"
+    assert report.parameters == sum(p.numel() for p in toy().parameters()) + report.trainable
+    text = str(report)
+    assert "layers.0.q_proj" in text and "no: 4-bit base" in text and "train (" in text
+
+
+def test_a_model_without_adapters_has_an_empty_report():
+    assert peftkern.report(toy()).rows == []
+    assert "0 adapted modules" in str(peftkern.report(toy()))
