@@ -117,6 +117,7 @@ def _load() -> bool:
 torch.library.define(f"{NAMESPACE}::isa", "() -> int")
 torch.library.define(f"{NAMESPACE}::best_isa", "() -> int")
 torch.library.define(f"{NAMESPACE}::use_isa", "(int isa) -> ()")
+torch.library.define(f"{NAMESPACE}::poison", "(bool on) -> ()")
 loaded = _load()
 if loaded and (forced := os.environ.get("PEFTKERN_ISA")):
     use_isa(forced)

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -53,6 +54,40 @@ inline int64_t size_of(ScalarType dtype) {
   return 0;
 }
 
+// Whether fresh memory is filled with NaN before anyone may write it. Tests turn it on, so that
+// what a kernel forgets to write cannot pass for a result.
+inline bool& poison() {
+  static bool on = false;
+  return on;
+}
+
+inline void* fresh(void* memory, int64_t bytes) {
+  if (poison()) std::memset(memory, 0xFF, static_cast<size_t>(bytes));
+  return memory;
+}
+
+// An uninitialised tensor. Through the shim: the dispatcher would take three times as long.
+inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t d = shape.size(); d > 1; --d) {
+    strides[d - 2] = strides[d - 1] * std::max<int64_t>(1, shape[d - 1]);
+  }
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor tensor(handle);
+  if (tensor.numel()) {
+    fresh(tensor.mutable_data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
+  }
+  return tensor;
+}
+
+inline Tensor empty_as(const Tensor& tensor) {
+  return empty({tensor.sizes().begin(), tensor.sizes().end()}, tensor.scalar_type());
+}
+
 // Memory for the length of one op. Kept by the thread from call to call, since fresh pages cost
 // more than the work that is done in them.
 class Scratch {
@@ -76,7 +111,7 @@ class Scratch {
       block.memory.reset(std::aligned_alloc(64, static_cast<size_t>(block.bytes)));
       STD_TORCH_CHECK(block.memory, "out of memory for ", block.bytes, " bytes");
     }
-    return block.memory.get();
+    return fresh(block.memory.get(), bytes);
   }
 
  private:
@@ -129,11 +164,33 @@ struct Matrix {
   }
 };
 
+// The same for a product so small that calling the library costs more than the work.
+template <typename T>
+void multiply_small(const Matrix& out, const Matrix& a, const Matrix& b, double beta,
+                    double alpha) {
+  const auto at = [](const Matrix& m, int64_t row, int64_t column) {
+    return static_cast<T*>(m.at(row, column));
+  };
+  for (int64_t i = 0; i < out.rows; ++i) {
+    for (int64_t j = 0; j < out.columns; ++j) {
+      T sum = 0;
+      for (int64_t k = 0; k < a.columns; ++k) sum += *at(a, i, k) * *at(b, k, j);
+      T& target = *at(out, i, j);
+      target = static_cast<T>(alpha) * sum + (beta == 0 ? T(0) : static_cast<T>(beta) * target);
+    }
+  }
+}
+
 // out = beta * out + alpha * a b, by the library. Through the shim and not the dispatcher: an outer
 // autocast must not cast the operands, nor an outer dispatch mode see them.
 inline void multiply(const Matrix& out, const Matrix& a, const Matrix& b, double beta,
                      double alpha = 1.0) {
+  constexpr int64_t kSmall = 2048;
   if (out.rows == 0 || out.columns == 0) return;
+  if (out.rows * out.columns * a.columns <= kSmall) {
+    if (out.dtype == ScalarType::Float) return multiply_small<float>(out, a, b, beta, alpha);
+    if (out.dtype == ScalarType::Double) return multiply_small<double>(out, a, b, beta, alpha);
+  }
   const Tensor target = out.tensor(), left = a.tensor(), right = b.tensor();
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(target.get(), target.get(), left.get(), right.get(), beta, alpha));

@@ -9,8 +9,8 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& weight, const Tensor& threshol
   check_dtype(thresholds, "thresholds", ScalarType::Float);
   STD_TORCH_CHECK(block >= 16 && (block & (block - 1)) == 0, "block_size must be a power of two");
   const int64_t count = weight.numel(), blocks = (count + block - 1) / block;
-  Tensor packed = torch::stable::new_empty(weight, {(count + 1) / 2, 1}, ScalarType::Byte);
-  Tensor absmax = torch::stable::new_empty(weight, {blocks}, ScalarType::Float);
+  Tensor packed = empty({(count + 1) / 2, 1}, ScalarType::Byte);
+  Tensor absmax = empty({blocks}, ScalarType::Float);
   const float* limits = thresholds.const_data_ptr<float>();
   with_kernels(weight.scalar_type(), [&](const auto& typed, auto* type) {
     const auto* from = static_cast<decltype(type)>(const_cast<void*>(weight.const_data_ptr()));
@@ -47,6 +47,8 @@ void use_isa(int64_t isa) {
   current_isa() = static_cast<Isa>(isa);
 }
 
+void set_poison(bool on) { poison() = on; }
+
 PEFTKERN_OPS(CPU, m) {
   m.impl("qlora_quantize", TORCH_BOX(&quantize));
   m.impl("qlora_dequantize", TORCH_BOX(&dequantize));
@@ -55,6 +57,7 @@ PEFTKERN_OPS(CPU, m) {
 PEFTKERN_OPS(CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("best_isa", TORCH_BOX(&best));
+  m.impl("poison", TORCH_BOX(&set_poison));
   m.impl("use_isa", TORCH_BOX(&use_isa));
 }
 

@@ -137,8 +137,8 @@ std::tuple<Tensor, Tensor> linear(const Tensor& x, std::vector<Tensor> weight,
   const Problem p(x, weight, layout, bias, lora_a, lora_b, scale, dropout, seed, offsets, adapter);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = p.base.rows;
-  Tensor y = torch::stable::new_empty(x, shape);
-  Tensor down = torch::stable::new_empty(x, {p.x.rows, p.rank}, p.sums);
+  Tensor y = empty(shape, x.scalar_type());
+  Tensor down = empty({p.x.rows, p.rank}, p.sums);
   const Matrix out = Matrix::of(y, p.x.rows, p.base.rows);
   const Matrix s = Matrix::of(down, p.x.rows, p.rank);
   for (const Run& run : p.runs) down_of(p, run, s);

@@ -141,14 +141,14 @@ std::vector<Tensor> linear_bwd(const Tensor& grad_tensor, const Tensor& x,
   std::vector<Tensor> out;
   Matrix grad_x{};
   if (need_x) {
-    out.push_back(torch::stable::empty_like(x));
+    out.push_back(empty_as(x));
     grad_x = Matrix::of(out.back(), p.x.rows, p.base.columns);
   }
   // Where a parameter has the sums' dtype, its gradient is summed up in place.
   std::vector<std::pair<Matrix, Matrix>> rounded;
   const auto sum_for = [&](bool needed, const Tensor& parameter, int64_t rows, int64_t columns) {
     if (!needed) return Matrix{};
-    out.push_back(torch::stable::empty_like(parameter));
+    out.push_back(empty_as(parameter));
     const Matrix target = Matrix::of(out.back(), rows, columns);
     if (target.dtype != p.sums) {
       rounded.emplace_back(Sums::zeros(true, rows, columns, p.sums, scratch), target);

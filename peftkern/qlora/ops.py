@@ -70,47 +70,55 @@ _linear_bwd_op = _native.define(
 )
 
 
+_Fixed = tuple[list[Tensor], list[int], float, float, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _forward(
+    x: Tensor, dense: Tensor | None, bias: Tensor | None, lora_a: Tensor | None,
+    lora_b: Tensor | None, fixed: _Fixed,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    buffers, layout, *rest = fixed
+    weight = buffers or [dense]
+    return _linear_op(x, weight, layout, bias, lora_a, lora_b, *rest)  # type: ignore[no-any-return]
+
+
 class _Linear(torch.autograd.Function):
-    """Keeps x, down = D(x) A^T, the seed and references to the parameters; no mask, no D(x), no W."""
+    """Keeps x, down = D(x) A^T and references: no mask, no D(x), no dense weight.
+
+    What asks for no gradient comes in one tuple, since each argument of a Function costs time.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, dense: Tensor | None, bias: Tensor | None, lora_a: Tensor | None,
-        lora_b: Tensor | None, buffers: list[Tensor], layout: list[int], scale: float,
-        dropout: float, seed: Tensor | None, offsets: Tensor | None, adapter: Tensor | None,
+        lora_b: Tensor | None, fixed: _Fixed,
     ) -> Tensor:  # fmt: skip
-        weight = buffers if dense is None else [dense]
-        y, down = _linear_op(
-            x, weight, layout, bias, lora_a, lora_b, scale, dropout, seed, offsets, adapter
-        )
-        ctx.save_for_backward(x, down, bias, lora_a, lora_b, seed, offsets, adapter, *weight)
-        ctx.layout, ctx.scale, ctx.dropout = layout, scale, dropout
-        return y  # type: ignore[no-any-return]
+        y, down = _forward(x, dense, bias, lora_a, lora_b, fixed)
+        ctx.save_for_backward(x, down, dense, bias, lora_a, lora_b)
+        ctx.fixed = fixed
+        return y
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, down, bias, lora_a, lora_b, seed, offsets, adapter, *weight = ctx.saved_tensors
+        x, down, dense, bias, lora_a, lora_b = ctx.saved_tensors
+        buffers, layout, *rest = ctx.fixed
         needs = ctx.needs_input_grad[:5]
         grads = iter(
             _linear_bwd_op(
                 grad.contiguous(),
                 x,
                 down,
-                weight,
-                ctx.layout,
+                buffers or [dense],
+                layout,
                 bias,
                 lora_a,
                 lora_b,
-                ctx.scale,
-                ctx.dropout,
-                seed,
-                offsets,
-                adapter,
+                *rest,
                 needs,
             )  # fmt: skip
         )
-        return *(next(grads) if need else None for need in needs), *(None,) * 7
+        return *[next(grads) if need else None for need in needs], None
 
 
 def _apply(
@@ -125,15 +133,15 @@ def _apply(
         seed = _seed(seed, x.device)
     else:
         dropout, seed = 0.0, None
-    if isinstance(weight, Tensor):
-        dense, buffers = weight, []
-        layout = [*(1,) * (3 - weight.dim()), *weight.shape, 0]
-    else:
+    if isinstance(weight, QuantizedWeight):
         dense, buffers, layout = None, weight.buffers, weight.layout
-    return _Linear.apply(  # type: ignore[no-any-return, no-untyped-call]
-        x.contiguous(), dense, bias, lora_a, lora_b, buffers, layout, scale, dropout, seed,
-        offsets, adapter,
-    )  # fmt: skip
+    else:
+        dense, buffers, layout = weight, [], [*(1,) * (3 - weight.dim()), *weight.shape, 0]
+    fixed = (buffers, layout, scale, dropout, seed, offsets, adapter)
+    inputs = (x.contiguous(), dense, bias, lora_a, lora_b, fixed)
+    if torch.is_grad_enabled():
+        return _Linear.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
+    return _forward(*inputs)[0]
 
 
 def _seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
@@ -299,33 +307,32 @@ def _check_linear(
     x: Tensor, weight: Tensor | QuantizedWeight, dim: int, bias: Tensor | None,
     lora_a: Tensor | None, lora_b: Tensor | None, dropout: float, seed: Tensor | int | None,
 ) -> None:  # fmt: skip
-    if not isinstance(weight, (Tensor, QuantizedWeight)):
-        raise TypeError(
-            f"weight must be a Tensor or a QuantizedWeight, got {type(weight).__name__}"
-        )
     _check.dtype("x", x)
-    if len(weight.shape) != dim:
-        wanted = "[out, in]; expert_linear takes experts" if dim == 2 else "[experts, out, in]"
-        raise ValueError(f"weight must have shape {wanted}, got {list(weight.shape)}")
-    *experts, rows, columns = weight.shape
-    if x.dim() == 0 or x.shape[-1] != columns:
-        raise ValueError(f"x must have shape [..., {columns}], got {list(x.shape)}")
-    if isinstance(weight, Tensor):
+    if not isinstance(weight, QuantizedWeight):
+        if not isinstance(weight, Tensor):
+            name = type(weight).__name__
+            raise TypeError(f"weight must be a Tensor or a QuantizedWeight, got {name}")
         _check.dtype("weight", weight)
         _check.dense("weight", weight)
+    shape = weight.shape
+    if len(shape) != dim:
+        wanted = "[out, in]; expert_linear takes experts" if dim == 2 else "[experts, out, in]"
+        raise ValueError(f"weight must have shape {wanted}, got {list(shape)}")
+    rows, columns = shape[-2:]
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise ValueError(f"x must have shape [..., {columns}], got {list(x.shape)}")
     if weight.device != x.device:
         raise ValueError(f"weight must be on {x.device}, got {weight.device}")
-    if (lora_a is None) != (lora_b is None):
-        raise ValueError("lora_a and lora_b must come together, got one of them")
     if bias is not None:
-        _check_parameter("bias", bias, [*experts, rows], x)
+        _check_parameter("bias", bias, shape[:-1], x)
     if lora_a is not None and lora_b is not None:
-        groups = ["adapters"] if experts else []
-        _check_parameter("lora_a", lora_a, [*groups, "r", columns], x)
-        rank = lora_a.shape[-2]
-        _check_parameter("lora_b", lora_b, [*lora_a.shape[:-2], rows, rank], x)
-        if rank == 0:
-            raise ValueError("lora_a must have a rank r of at least 1, got 0")
+        groups = lora_a.shape[: dim - 2]
+        rank = lora_a.shape[-2] if lora_a.dim() == dim else 0
+        _check_parameter("lora_a", lora_a, (*groups, rank or "r >= 1", columns), x)
+        _check_parameter("lora_b", lora_b, (*groups, rows, rank), x)
+    elif lora_a is not None or lora_b is not None:
+        given = "lora_a" if lora_b is None else "lora_b"
+        raise ValueError(f"lora_a and lora_b must come together, got only {given}")
     if dropout:
         _check.probability("dropout", dropout)
         if isinstance(seed, Tensor):
@@ -334,9 +341,10 @@ def _check_linear(
             _check.device("seed", seed, x)
 
 
-def _check_parameter(name: str, tensor: Tensor, expected: list[Any], x: Tensor) -> None:
+def _check_parameter(name: str, tensor: Tensor, expected: tuple[int | str, ...], x: Tensor) -> None:
+    if tensor.shape != expected:
+        _check.shape(name, tensor, expected)
     _check.dtype(name, tensor)
-    _check.shape(name, tensor, expected)
     _check.dense(name, tensor)
     _check.device(name, tensor, x)
 
