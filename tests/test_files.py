@@ -1,4 +1,4 @@
-"""Adapters on disk: peft's files both ways, refusals that change nothing, saves that do not tear."""
+"""Adapters on disk: peft's files both ways, refusals that change nothing, saves that never tear."""
 
 import copy
 import json
