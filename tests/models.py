@@ -3,6 +3,17 @@
 import torch
 from torch import nn
 
+import peftkern
+from peftkern import LoraConfig, QLoRALinear
+
+EVERYTHING = LoraConfig(
+    r=4,
+    lora_alpha=6,
+    target_modules=["q_proj", "0.down_proj"],
+    rank_pattern={"0.q_proj": 2},
+    alpha_pattern={"1.q_proj": 5},
+)
+
 
 class Toy(nn.Module):
     """Names like those of language models, an expert router among them."""
@@ -71,3 +82,19 @@ def assert_unchanged(model, before):
     assert len(parameters) == len(before[1])
     for (*facts, value), (*old_facts, old_value) in zip(parameters, before[1], strict=True):
         assert facts == old_facts and torch.equal(value, old_value)
+
+
+def placed(model):
+    return [name for name, module in model.named_modules() if isinstance(module, QLoRALinear)]
+
+
+def reasons(model):
+    return {s.name: s.reason for s in peftkern.report(model).skipped}
+
+
+def adapted(config=EVERYTHING, seed=2, **options):
+    return disturb(peftkern.adapt(toy(**options), config), seed)
+
+
+def assert_same_outputs(model, other):
+    torch.testing.assert_close(model(tokens()), other(tokens()))

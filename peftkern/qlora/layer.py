@@ -195,19 +195,20 @@ class QLoRALinear(nn.Module):
         unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
         """Takes bitsandbytes' keys too; the weight must be of this layer's format and shape."""
-        names = [k for k in state_dict if k.startswith(f"{prefix}weight.")]
-        statistics = {k.removeprefix(f"{prefix}weight."): state_dict[k] for k in names}
-        packed = state_dict.get(f"{prefix}weight")
-        loaded = None
-        if self._quantized is not None and packed is not None:
+        key, loaded = f"{prefix}weight", None
+        if self._quantized is not None and key in state_dict:
+            names = [k for k in state_dict if k.startswith(f"{key}.")]
+            statistics = {k.removeprefix(f"{key}."): state_dict[k] for k in names}
+            others = {k: v for k, v in state_dict.items() if k not in names}
             try:
-                loaded = self._quantized.with_statistics(packed, statistics)
-            except ValueError as error:
-                errors.append(f"{prefix}weight: {error}")
+                loaded = self._quantized.with_statistics(state_dict[key], statistics)
+                state_dict = others | {key: loaded.packed}
+            except ValueError as error:  # bytes without their scales would be another weight
+                errors.append(f"{key}: {error}")
+                state_dict = others | {key: self.weight}
         super()._load_from_state_dict(
-            {k: v for k, v in state_dict.items() if k not in names} if loaded else state_dict,
-            prefix, metadata, strict, missing, unexpected, errors,
-        )  # fmt: skip
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
         if loaded is not None:
             self._quantized = replace(loaded.scales_to(self.weight.device), packed=self.weight)
 

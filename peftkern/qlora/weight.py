@@ -1,4 +1,4 @@
-"""What a quantised weight is: a format, and the bytes its producer stores, shared and never changed."""
+"""What a quantised weight is: a format, and its producer's bytes, shared and never changed."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ class Format:
 
 
 formats = {"nf4": Format("nf4", 4, reference.NF4)}
+
+
+def _bytes(packed: Tensor) -> Tensor:
+    """uint8 `[bytes, 1]` of any storage dtype that bitsandbytes packs into, in the same storage."""
+    return packed.reshape(-1).view(torch.uint8).view(-1, 1)
 
 
 def find_format(name: str | Format) -> Format:
@@ -115,13 +120,15 @@ class QuantizedWeight:
         return replace(self.scales_to(device), packed=self.packed.to(device))
 
     def scales_to(self, device: torch.device | str) -> QuantizedWeight:
-        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor) and k != "packed"}
+        tensors: dict[str, Any] = {
+            k: v for k, v in vars(self).items() if isinstance(v, Tensor) and k != "packed"
+        }
         if all(t.device == torch.device(device) for t in tensors.values()):
             return self
         return replace(self, **{k: t.to(device) for k, t in tensors.items()})
 
     def statistics(self) -> dict[str, Tensor]:
-        """All but the packed bytes, under the names that bitsandbytes gives them in a state dict."""
+        """All but the packed bytes, under bitsandbytes' names of them in a state dict."""
         named = {"absmax": self.absmax, "quant_map": self.codebook}
         facts: dict[str, Any] = {
             "quant_type": self.format.name,
@@ -150,23 +157,52 @@ class QuantizedWeight:
         missing = [k for k in ("absmax", "quant_map", key) if k not in named]
         if missing:
             raise ValueError(f"state_dict must have {', '.join(missing)}, got {sorted(named)}")
-        facts = json.loads(bytes(named[key].cpu().numpy()))
-        if facts["shape"] != list(self.shape):
-            raise ValueError(f"shape must be {list(self.shape)}, got {facts['shape']}")
         nested = "nested_absmax" in named
-        offset = torch.tensor(facts["nested_offset"], dtype=torch.float32) if nested else None
-        return QuantizedWeight(
-            packed=packed.view(-1, 1),
-            absmax=named["absmax"],
-            codebook=named["quant_map"],
-            shape=self.shape,
-            dtype=getattr(torch, facts["dtype"]),
-            format=self.format,
-            block_size=facts["blocksize"],
-            nested_absmax=named["nested_absmax"] if nested else None,
-            nested_map=named["nested_quant_map"] if nested else None,
-            nested_offset=offset,
-        )
+        try:
+            facts = json.loads(bytes(named[key].cpu().numpy()))
+            dtype, offset = (
+                getattr(torch, facts["dtype"]),
+                facts["nested_offset"] if nested else 0.0,
+            )
+            weight = QuantizedWeight(
+                packed=_bytes(packed),
+                absmax=named["absmax"],
+                codebook=named["quant_map"],
+                shape=torch.Size(facts["shape"]),
+                dtype=dtype,
+                format=self.format,
+                block_size=facts["blocksize"],
+                nested_absmax=named["nested_absmax"] if nested else None,
+                nested_map=named["nested_quant_map"] if nested else None,
+                nested_offset=torch.tensor(offset, dtype=torch.float32) if nested else None,
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{key} must be what bitsandbytes writes, got {error!r}") from error
+        if weight.shape != self.shape:
+            raise ValueError(f"shape must be {list(self.shape)}, got {list(weight.shape)}")
+        weight._check_sizes()
+        return weight
+
+    def _check_sizes(self) -> None:
+        """What is read from a file must not lead a kernel past the end of a tensor."""
+        if self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
+        count = self.shape.numel()
+        blocks = -(-count // self.block_size)
+        byte, single = torch.uint8, torch.float32
+        wanted: list[tuple[str, Tensor | None, list[int], torch.dtype]] = [
+            ("weight", self.packed, [-(-count // 2), 1], byte),
+            ("absmax", self.absmax, [blocks], byte if self.nested else single),
+            ("quant_map", self.codebook, [2**self.format.bits], single),
+        ]
+        if self.nested:
+            groups = -(-blocks // reference.NESTED_BLOCK_SIZE)
+            wanted.append(("nested_absmax", self.nested_absmax, [groups], single))
+            wanted.append(("nested_quant_map", self.nested_map, [256], single))
+        for name, tensor, shape, dtype in wanted:
+            if tensor is None or list(tensor.shape) != shape or tensor.dtype != dtype:
+                got = None if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
+                raise ValueError(f"{name} must be {shape} {dtype}, got {got}")
 
     @classmethod
     def from_bnb(cls, params: Params4bit) -> QuantizedWeight:
@@ -174,14 +210,17 @@ class QuantizedWeight:
 
         Raises:
             TypeError: not a quantised `Params4bit`.
-            ValueError: a format that peftkern does not know.
+            ValueError: a format that peftkern does not know, or a weight that bitsandbytes has
+                repacked at an eval forward on a CPU, which rounds its scales.
         """
         state = getattr(params, "quant_state", None)
         if state is None:
             raise TypeError(f"params must be a quantised Params4bit, got {type(params).__name__}")
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError("params must be as they were quantised, got them repacked for a CPU")
         second = state.state2 if state.nested else None
         return cls(
-            packed=params.data.view(-1, 1),
+            packed=_bytes(params.data),
             absmax=state.absmax,
             codebook=state.code,
             shape=torch.Size(state.shape),
