@@ -108,9 +108,9 @@ def _load() -> bool:
     library = Path(__file__).parent / "_ops.so"
     if not library.exists():
         return False
-    if torch.torch_version.TorchVersion(torch.__version__) < (2, 11):
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
         raise ImportError(f"torch must be 2.11 or newer for peftkern, got {torch.__version__}")
-    torch.ops.load_library(library)
+    torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     return True
 
 

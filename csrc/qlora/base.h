@@ -16,36 +16,36 @@ class Base {
 
   // `weight` as in peftkern/qlora/ops.py: one dense tensor, or the buffers of a QuantizedWeight.
   Base(const std::vector<Tensor>& weight, const std::vector<int64_t>& layout)
-      : experts(layout.at(0)), rows(layout.at(1)), columns(layout.at(2)), weight_(weight) {
-    const int64_t block = layout.at(3), count = experts * rows * columns;
+      : experts(at(layout, 0)), rows(at(layout, 1)), columns(at(layout, 2)), weight_(weight) {
+    STD_TORCH_CHECK(layout.size() == 4 && std::min({experts, rows, columns}) >= 0,
+                    "layout must be experts, rows, columns, block size");
+    const int64_t block = layout[3], count = experts * rows * columns;
+    const size_t tensors = weight.size();
+    STD_TORCH_CHECK(block == 0 ? tensors == 1 : tensors == 3 || tensors == 6,
+                    "weight must be one dense tensor or the buffers of a quantised one");
     if (block == 0) {
-      check_count(weight.at(0), "weight", count);
+      check_count(weight[0], "weight", count);
       return;
     }
     STD_TORCH_CHECK(block >= 16 && (block & (block - 1)) == 0, "block_size must be a power of two");
     const int64_t blocks = (count + block - 1) / block;
-    check_count(weight.at(0), "packed", (count + 1) / 2);
-    check_count(weight.at(1), "absmax", blocks);
-    check_count(weight.at(2), "codebook", 16);
-    codes.packed = static_cast<const uint8_t*>(weight[0].const_data_ptr());
-    codes.codebook = weight[2].const_data_ptr<float>();
+    codes.packed = buffer<uint8_t>(0, "packed", (count + 1) / 2, ScalarType::Byte);
+    codes.codebook = buffer<float>(2, "codebook", 16, ScalarType::Float);
     codes.rows = experts * rows;
     codes.columns = columns;
     codes.block = block;
-    if (weight.size() == 3) {
-      codes.absmax = weight[1].const_data_ptr<float>();
+    if (tensors == 3) {
+      codes.absmax = buffer<float>(1, "absmax", blocks, ScalarType::Float);
       return;
     }
-    check_count(weight.at(3), "nested_absmax", (blocks + kNestedBlock - 1) / kNestedBlock);
-    check_count(weight.at(4), "nested_map", 256);
-    check_count(weight.at(5), "nested_offset", 1);
-    codes.codes = weight[1].const_data_ptr<uint8_t>();
-    codes.nested_absmax = weight[3].const_data_ptr<float>();
-    codes.map = weight[4].const_data_ptr<float>();
-    codes.offset = *weight[5].const_data_ptr<float>();
+    const int64_t nested = (blocks + kNestedBlock - 1) / kNestedBlock;
+    codes.codes = buffer<uint8_t>(1, "absmax", blocks, ScalarType::Byte);
+    codes.nested_absmax = buffer<float>(3, "nested_absmax", nested, ScalarType::Float);
+    codes.map = buffer<float>(4, "nested_map", 256, ScalarType::Float);
+    codes.offset = *buffer<float>(5, "nested_offset", 1, ScalarType::Float);
   }
 
-  bool is_dense() const { return codes.packed == nullptr; }
+  bool is_dense() const { return codes.block == 0; }
 
   // One expert's rows as a weight of their own, for few_rows. It must be made of whole blocks.
   Weight of_expert(int64_t expert) const {
@@ -91,6 +91,17 @@ class Base {
   }
 
  private:
+  static int64_t at(const std::vector<int64_t>& layout, size_t i) {
+    return i < layout.size() ? layout[i] : 0;
+  }
+
+  template <typename T>
+  const T* buffer(size_t i, const char* name, int64_t count, ScalarType dtype) const {
+    check_count(weight_[i], name, count);
+    check_dtype(weight_[i], name, dtype);
+    return static_cast<const T*>(weight_[i].const_data_ptr());
+  }
+
   const std::vector<Tensor>& weight_;
 };
 

@@ -2,6 +2,7 @@
 #include "qlora/codes.h"
 #include "qlora/elementwise.h"
 #include "qlora/few_rows.h"
+#include "qlora/low_rank.h"
 
 namespace peftkern::qlora::PEFTKERN_ISA {
 
@@ -10,6 +11,7 @@ constexpr TypedKernels<T> typed{quantize<T>, dequantize<T>, dropout<T>, to_float
 
 extern const Kernels kernels{typed<float>,          typed<double>,     typed<peftkern::bf16>,
                              typed<peftkern::fp16>, interleaved_width, interleave,
-                             serves_few_rows,       few_rows,          down};
+                             serves_few_rows,       few_rows,          {product, dots},
+                             {product, dots}};
 
 }  // namespace peftkern::qlora::PEFTKERN_ISA

@@ -178,25 +178,4 @@ void few_rows(const Weight& weight, const FewRows& io, int64_t begin, int64_t en
   }
 }
 
-void down(const float* x, int64_t inputs, const float* a, int64_t rank, int64_t columns,
-          int64_t begin, int64_t end, float* out) {
-  for (int64_t j = begin; j < end; ++j) {
-    for (int64_t m = 0; m < inputs; ++m) {
-      const float *left = x + m * columns, *right = a + j * columns;
-      F total[4] = {};
-      int64_t k = 0;
-      for (; k + 4 * W <= columns; k += 4 * W) {
-        for (int i = 0; i < 4; ++i) {
-          total[i] = fma(load(left + k + i * W), load(right + k + i * W), total[i]);
-        }
-      }
-      for (; k < columns; k += W) {
-        total[0] =
-            fma(load_first(left + k, columns - k), load_first(right + k, columns - k), total[0]);
-      }
-      out[m * rank + j] = sum((total[0] + total[1]) + (total[2] + total[3]));
-    }
-  }
-}
-
 }  // namespace peftkern::qlora::PEFTKERN_ISA

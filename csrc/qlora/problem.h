@@ -16,19 +16,17 @@ struct Dropout {
   double p = 0;
   uint64_t seed = 0;
 
-  // D(x) of rows [begin, begin + x.rows) of the whole, columns from `column` on, in place. `width`
-  // is that of the whole: an element's place in it decides whether it is kept.
-  void apply(const Matrix& x, int64_t begin, int64_t column, int64_t width) const {
+  // D(x), in place, of a part of a matrix whose rows have `width` elements; the part starts at this
+  // row and column, and an element's place in the whole decides whether it is kept.
+  void apply(const Matrix& x, int64_t row, int64_t column, int64_t width) const {
     if (p == 0) return;
     const auto threshold = static_cast<uint64_t>(std::llround(std::ldexp(p, 32)));
     const double factor = p < 1 ? 1 / (1 - p) : 0;
     with_kernels(x.dtype, [&](const auto& typed, auto* type) {
-      parallel(x.rows, x.columns * 4, [&](int64_t first, int64_t last) {
-        for (int64_t row = first; row < last; ++row) {
-          auto* at = static_cast<decltype(type)>(x.at(row, 0));
-          typed.dropout(at, x.columns, seed, threshold, factor, (begin + row) * width + column, at);
-        }
-      });
+      for (int64_t i = 0; i < x.rows; ++i) {
+        auto* at = static_cast<decltype(type)>(x.at(i, 0));
+        typed.dropout(at, x.columns, seed, threshold, factor, (row + i) * width + column, at);
+      }
     });
   }
 };
@@ -89,6 +87,22 @@ struct Problem {
     return Matrix::of(*bias, base.experts, base.rows).part_rows(expert, expert + 1);
   }
 
+  // A part of x or of its gradient in the sums' dtype, dropped where asked; the matrix's own memory
+  // where that is the same. Parts are small enough to stay in a core's cache.
+  Matrix tile(const Matrix& from, int64_t row_begin, int64_t row_end, int64_t column_begin,
+              int64_t column_end, bool drop, Scratch& scratch) const {
+    const Matrix part = from.part(row_begin, row_end, column_begin, column_end);
+    drop = drop && dropout.p > 0;
+    if (part.dtype == sums && !drop) return part;
+    void* memory = scratch.take_bytes(part.rows * part.columns * size_of(sums));
+    const Matrix to = Matrix::dense(memory, sums, part.rows, part.columns);
+    for (int64_t i = 0; i < part.rows; ++i) {
+      convert_row(part.at(i, 0), part.dtype, to.at(i, 0), sums, part.columns);
+    }
+    if (drop) dropout.apply(to, row_begin, column_begin, from.columns);
+    return to;
+  }
+
   // Calls f(first run, last run) for the runs of each expert that has rows.
   template <typename Function>
   void for_each_expert(const Function& f) const {
@@ -131,8 +145,5 @@ struct Problem {
     }
   }
 };
-
-// D(x) of rows [begin, end) in the dtype of the sums; x itself where that is the same.
-Matrix dropped(const Problem& p, int64_t begin, int64_t end, Scratch& scratch);
 
 }  // namespace peftkern::qlora

@@ -43,6 +43,39 @@ struct FewRows {
   int64_t inputs, rank;
 };
 
+// out[i, c] = scale * sum_j x(i, j) p[j, c], on top of what is there where `add`; x in any layout,
+// in order of j. The small products of the low-rank term: ours, since the library splits their sums
+// among its threads, and their bits with them.
+template <typename T>
+struct Product {
+  const T* x;
+  int64_t x_row, x_column;
+  const T* p;
+  int64_t p_row;
+  T* out;
+  int64_t out_row;
+  int64_t rows, depth, columns;
+  T scale;
+  bool add;
+};
+
+// out[i, j] = sum_k x[i, k] a[j, k]
+template <typename T>
+struct Dots {
+  const T* x;
+  int64_t x_row;
+  const T* a;
+  T* out;
+  int64_t out_row;
+  int64_t rows, rank, columns;
+};
+
+template <typename T>
+struct SumKernels {
+  void (*product)(const Product<T>& io);
+  void (*dots)(const Dots<T>& io);
+};
+
 template <typename T>
 struct TypedKernels {
   // Codes and scales of blocks [block_begin, block_end) of `weight` [count].
@@ -71,9 +104,8 @@ struct Kernels {
   bool (*serves_few_rows)(const Weight& weight);
   // Rows [begin, end) of W, straight from the packed bytes.
   void (*few_rows)(const Weight& weight, const FewRows& io, int64_t begin, int64_t end);
-  // out[m, j] = sum_k x[m, k] a[j, k] for j in [begin, end); out [inputs, rank].
-  void (*down)(const float* x, int64_t inputs, const float* a, int64_t rank, int64_t columns,
-               int64_t begin, int64_t end, float* out);
+  SumKernels<float> sums_f32;
+  SumKernels<double> sums_f64;
 };
 
 #if defined(__x86_64__)

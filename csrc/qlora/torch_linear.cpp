@@ -1,5 +1,5 @@
 // The binding of linear: y = x W^T + bias + scale * (D(x) A^T) B^T, group by group.
-#include "qlora/problem.h"
+#include "qlora/small_products.h"
 
 namespace peftkern::qlora {
 namespace {
@@ -10,25 +10,12 @@ constexpr int64_t kFewRows = 16;
 
 // down = D(x) A^T for one run, into rows of `down` [inputs, rank].
 void down_of(const Problem& p, const Run& run, const Matrix& down) {
-  constexpr int64_t kRowsAtOnce = 4096;  // bounds the copy that dropout and 16-bit inputs need
   if (run.adapter < 0) return;
   Scratch scratch;
   const Matrix a = as_dtype(p.a_of(run.adapter), p.sums, scratch);
-  for (int64_t begin = run.begin; begin < run.end; begin += kRowsAtOnce) {
-    Scratch piece;
-    const int64_t end = std::min(begin + kRowsAtOnce, run.end);
-    const Matrix z = dropped(p, begin, end, piece);
-    const Matrix out = down.part_rows(begin, end);
-    if (z.rows > kFewRows || p.sums != ScalarType::Float) {
-      multiply(out, z, a.transposed(), 0);
-      continue;
-    }
-    parallel(p.rank, z.rows * z.columns, [&](int64_t first, int64_t last) {
-      kernels().down(static_cast<const float*>(z.at(0, 0)), z.rows,
-                     static_cast<const float*>(a.at(0, 0)), p.rank, z.columns, first, last,
-                     static_cast<float*>(out.at(0, 0)));
-    });
-  }
+  for_row_tiles(p, p.x, run.begin, run.end, true, [&](const Matrix& z, int64_t row) {
+    dots(down.part_rows(row, row + z.rows), z, a);
+  });
 }
 
 // One run straight from the packed bytes.
@@ -118,16 +105,6 @@ void panels(const Problem& p, const Run* first, const Run* last, const Matrix& d
 }
 
 }  // namespace
-
-Matrix dropped(const Problem& p, int64_t begin, int64_t end, Scratch& scratch) {
-  const Matrix rows = p.x.part_rows(begin, end);
-  if (p.dropout.p == 0) return as_dtype(rows, p.sums, scratch);
-  void* memory = scratch.take_bytes(rows.rows * rows.columns * size_of(p.sums));
-  const Matrix z = Matrix::dense(memory, p.sums, rows.rows, rows.columns);
-  convert(rows, z);
-  p.dropout.apply(z, begin, 0, rows.columns);
-  return z;
-}
 
 std::tuple<Tensor, Tensor> linear(const Tensor& x, std::vector<Tensor> weight,
                                   std::vector<int64_t> layout, const MaybeTensor& bias,

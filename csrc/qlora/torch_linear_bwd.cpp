@@ -1,12 +1,9 @@
 // The binding of linear's gradient. With t = scale * g B:
 //   grad_x = g W + D(t A)     grad_a = t^T D(x)     grad_b = scale * g^T down     grad_bias = sum g
-#include "qlora/problem.h"
+#include "qlora/small_products.h"
 
 namespace peftkern::qlora {
 namespace {
-
-// Rows of g that are turned to the sums' dtype at a time.
-constexpr int64_t kRowsAtOnce = 4096;
 
 // What a call adds up, in the sums' dtype; a null pointer is a gradient nobody asked for.
 struct Sums {
@@ -26,44 +23,54 @@ Matrix part_of(const Matrix& stack, int64_t i, int64_t rows) {
   return stack.part_rows(i * rows, (i + 1) * rows);
 }
 
-Matrix row_of_ones(int64_t count, ScalarType dtype, Scratch& scratch) {
-  void* memory = scratch.take_bytes(count * size_of(dtype));
-  if (dtype == ScalarType::Double) {
-    std::fill_n(static_cast<double*>(memory), count, 1.0);
-  } else {
-    std::fill_n(static_cast<float*>(memory), count, 1.0f);
-  }
-  return Matrix::dense(memory, dtype, 1, count);
+// The ones that sum up the rows of a tile.
+Matrix row_of_ones(ScalarType dtype, Scratch& scratch) {
+  void* memory = scratch.take_bytes(kTileRows * size_of(dtype));
+  with_sums(dtype, [&](const auto&, auto* type) {
+    std::fill_n(static_cast<decltype(type)>(memory), kTileRows, 1);
+  });
+  return Matrix::dense(memory, dtype, 1, kTileRows);
 }
 
+// What one run adds to the gradients of the parameters; and its rows of t.
 void add_run(const Problem& p, const Run& run, const Matrix& grad, const Matrix& down,
              const Sums& sums) {
   Scratch scratch;
-  const bool low_rank = run.adapter >= 0 && sums.t.data;
-  const Matrix b = low_rank ? as_dtype(p.b_of(run.adapter), p.sums, scratch) : Matrix{};
-  for (int64_t begin = run.begin; begin < run.end; begin += kRowsAtOnce) {
-    Scratch piece;
-    const int64_t end = std::min(begin + kRowsAtOnce, run.end);
-    const Matrix g = as_dtype(grad.part_rows(begin, end), p.sums, piece);
-    if (sums.bias.data) {
-      const Matrix ones = row_of_ones(g.rows, p.sums, piece);
-      multiply(part_of(sums.bias, run.expert, 1), ones, g, 1);
-    }
-    if (sums.weight.data) {
-      const Matrix x = as_dtype(p.x.part_rows(begin, end), p.sums, piece);
-      multiply(part_of(sums.weight, run.expert, p.base.rows), g.transposed(), x, 1);
-    }
-    if (!low_rank) continue;
-    const Matrix t = sums.t.part_rows(begin, end);
-    multiply(t, g, b, 0, p.scale);
-    if (sums.b.data) {
-      multiply(part_of(sums.b, run.adapter, p.base.rows), g.transposed(),
-               down.part_rows(begin, end), 1, p.scale);
-    }
-    if (sums.a.data) {
-      const Matrix z = dropped(p, begin, end, piece);
-      multiply(part_of(sums.a, run.adapter, p.rank), t.transposed(), z, 1);
-    }
+  if (sums.weight.data) {
+    const Matrix g = as_dtype(grad.part_rows(run.begin, run.end), p.sums, scratch);
+    const Matrix x = as_dtype(p.x.part_rows(run.begin, run.end), p.sums, scratch);
+    multiply(part_of(sums.weight, run.expert, p.base.rows), g.transposed(), x, 1);
+  }
+  const bool low_rank = run.adapter >= 0 && p.rank;
+  if (sums.t.data && low_rank) {
+    const Matrix b = as_dtype(p.b_of(run.adapter), p.sums, scratch);
+    for_row_tiles(p, grad, run.begin, run.end, false, [&](const Matrix& g, int64_t row) {
+      product(sums.t.part_rows(row, row + g.rows), g, b, p.scale, false);
+    });
+  }
+  if (sums.bias.data || (sums.b.data && low_rank)) {
+    const Matrix ones = row_of_ones(p.sums, scratch);
+    for_column_tiles(p, grad, run.begin, run.end, false,
+                     [&](const Matrix& g, int64_t row, int64_t column) {
+                       if (sums.bias.data) {
+                         const Matrix bias = part_of(sums.bias, run.expert, 1);
+                         product(bias.part(0, 1, column, column + g.columns),
+                                 ones.part(0, 1, 0, g.rows), g, 1, true);
+                       }
+                       if (sums.b.data && low_rank) {
+                         const Matrix b = part_of(sums.b, run.adapter, p.base.rows);
+                         product(b.part_rows(column, column + g.columns), g.transposed(),
+                                 down.part_rows(row, row + g.rows), p.scale, true);
+                       }
+                     });
+  }
+  if (sums.a.data && low_rank) {
+    const Matrix a = part_of(sums.a, run.adapter, p.rank);
+    for_column_tiles(p, p.x, run.begin, run.end, true,
+                     [&](const Matrix& z, int64_t row, int64_t column) {
+                       product(a.part(0, p.rank, column, column + z.columns),
+                               sums.t.part_rows(row, row + z.rows).transposed(), z, 1, true);
+                     });
   }
 }
 
@@ -86,8 +93,10 @@ bool start(const Problem& p, const Run* first, const Run* last, const Matrix& t,
     } else {
       const Matrix a =
           as_dtype(p.a_of(run->adapter).part(0, p.rank, k_begin, k_end), p.sums, scratch);
-      multiply(u, t.part_rows(run->begin, run->end), a, 0);
-      p.dropout.apply(u, run->begin, k_begin, p.base.columns);
+      parallel(u.rows, u.columns * p.rank, [&](int64_t i, int64_t n) {
+        product(u.part_rows(i, n), t.part_rows(run->begin + i, run->begin + n), a, 1, false);
+        p.dropout.apply(u.part_rows(i, n), run->begin + i, k_begin, p.base.columns);
+      });
     }
     if (!direct) convert(u, target);
   }

@@ -15,7 +15,7 @@ def quantize(weight: Tensor, thresholds: Tensor, block_size: int) -> tuple[Tenso
 
 
 def dequantize(weight: Sequence[Tensor], layout: Sequence[int], out: Tensor) -> None:
-    out.copy_(_dense(weight, layout).view(out.shape))
+    out.copy_(dense(weight, layout).view(out.shape))
 
 
 def linear(
@@ -23,7 +23,7 @@ def linear(
     lora_a: Tensor | None, lora_b: Tensor | None, scale: float, dropout: float,
     seed: Tensor | None, offsets: Tensor | None, adapter: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    flat, w = x.flatten(0, -2) if x.dim() > 1 else x[None], _dense(weight, layout).to(x.dtype)
+    flat, w = x.flatten(0, -2) if x.dim() > 1 else x[None], dense(weight, layout).to(x.dtype)
     y = flat.new_zeros(len(flat), layout[1])
     for e, rows in _expert_rows(flat, offsets):
         y[rows] = reference.linear(flat[rows], w[e], None if bias is None else _at(bias, 1, e))
@@ -44,7 +44,7 @@ def linear_bwd(
     needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     flat, g = x.view(-1, layout[2]), grad.view(-1, layout[1])
-    w = _dense(weight, layout)
+    w = dense(weight, layout)
     inputs = (flat, w, bias, lora_a, lora_b)
     grad_x, grad_w, grad_bias, grad_a, grad_b = (
         torch.zeros(() if t is None else t.shape, dtype=x.dtype, device=x.device) for t in inputs
@@ -57,11 +57,11 @@ def linear_bwd(
     if lora_a is not None and lora_b is not None:
         dropped = reference.dropout(flat, dropout, seed)
         low_rank = torch.zeros_like(flat)
-        for i, rows in _adapter_rows(flat, lora_a, offsets, adapter):
-            up = scale * (g[rows] @ _at(lora_b, 2, i).to(x.dtype))
-            _at(grad_b, 2, i).copy_(scale * (g[rows].t() @ down[rows].to(x.dtype)))
-            _at(grad_a, 2, i).copy_(up.t() @ dropped[rows])
-            low_rank[rows] = up @ _at(lora_a, 2, i).to(x.dtype)
+        for i, chosen in _adapter_rows(flat, lora_a, offsets, adapter):
+            up = scale * (g[chosen] @ _at(lora_b, 2, i).to(x.dtype))
+            _at(grad_b, 2, i).copy_(scale * (g[chosen].t() @ down[chosen].to(x.dtype)))
+            _at(grad_a, 2, i).copy_(up.t() @ dropped[chosen])
+            low_rank[chosen] = up @ _at(lora_a, 2, i).to(x.dtype)
         grad_x += reference.dropout(low_rank, dropout, seed)
     grads = (grad_x, grad_w, grad_bias, grad_a, grad_b)
     originals = (x, weight[0], bias, lora_a, lora_b)
@@ -72,7 +72,7 @@ def linear_bwd(
     ]
 
 
-def _dense(weight: Sequence[Tensor], layout: Sequence[int]) -> Tensor:
+def dense(weight: Sequence[Tensor], layout: Sequence[int]) -> Tensor:
     """`[experts, rows, columns]`, float32 unless it was dense already."""
     *shape, block_size = layout
     if block_size == 0:

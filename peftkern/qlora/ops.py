@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peftkern import _check, _native
-from peftkern.qlora import fallback, reference
+from peftkern.qlora import check, fallback, reference
 from peftkern.qlora.weight import BLOCK_SIZES, Format, QuantizedWeight, find_format
 
 
@@ -78,7 +78,7 @@ def _forward(
     lora_b: Tensor | None, fixed: _Fixed,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     buffers, layout, *rest = fixed
-    weight = buffers or [dense]
+    weight = [dense] if dense is not None else buffers
     return _linear_op(x, weight, layout, bias, lora_a, lora_b, *rest)  # type: ignore[no-any-return]
 
 
@@ -259,7 +259,7 @@ def linear(
         TypeError: a dtype that is not float, a seed that is not int64.
         ValueError: a shape, device or range that does not fit; a weight of three dimensions.
     """
-    _check_linear(x, weight, 2, bias, lora_a, lora_b, dropout, seed)
+    check.linear(x, weight, 2, bias, lora_a, lora_b, dropout, seed)
     return _apply(x, weight, bias, lora_a, lora_b, scale, dropout, seed)
 
 
@@ -298,78 +298,6 @@ def expert_linear(
         IndexError: an adapter that is not there.
     """
     _check.shape("x", x, ["rows", "in"])
-    _check_linear(x, weight, 3, bias, lora_a, lora_b, dropout, seed)
-    _check_groups(x, weight.shape[0], offsets, lora_a, adapter)
+    check.linear(x, weight, 3, bias, lora_a, lora_b, dropout, seed)
+    check.groups(x, weight.shape[0], offsets, lora_a, adapter)
     return _apply(x, weight, bias, lora_a, lora_b, scale, dropout, seed, offsets, adapter)
-
-
-def _check_linear(
-    x: Tensor, weight: Tensor | QuantizedWeight, dim: int, bias: Tensor | None,
-    lora_a: Tensor | None, lora_b: Tensor | None, dropout: float, seed: Tensor | int | None,
-) -> None:  # fmt: skip
-    _check.dtype("x", x)
-    if not isinstance(weight, QuantizedWeight):
-        if not isinstance(weight, Tensor):
-            name = type(weight).__name__
-            raise TypeError(f"weight must be a Tensor or a QuantizedWeight, got {name}")
-        _check.dtype("weight", weight)
-        _check.dense("weight", weight)
-    shape = weight.shape
-    if len(shape) != dim:
-        wanted = "[out, in]; expert_linear takes experts" if dim == 2 else "[experts, out, in]"
-        raise ValueError(f"weight must have shape {wanted}, got {list(shape)}")
-    rows, columns = shape[-2:]
-    if x.dim() == 0 or x.shape[-1] != columns:
-        raise ValueError(f"x must have shape [..., {columns}], got {list(x.shape)}")
-    if weight.device != x.device:
-        raise ValueError(f"weight must be on {x.device}, got {weight.device}")
-    if bias is not None:
-        _check_parameter("bias", bias, shape[:-1], x)
-    if lora_a is not None and lora_b is not None:
-        groups = lora_a.shape[: dim - 2]
-        rank = lora_a.shape[-2] if lora_a.dim() == dim else 0
-        _check_parameter("lora_a", lora_a, (*groups, rank or "r >= 1", columns), x)
-        _check_parameter("lora_b", lora_b, (*groups, rows, rank), x)
-    elif lora_a is not None or lora_b is not None:
-        given = "lora_a" if lora_b is None else "lora_b"
-        raise ValueError(f"lora_a and lora_b must come together, got only {given}")
-    if dropout:
-        _check.probability("dropout", dropout)
-        if isinstance(seed, Tensor):
-            _check.dtype("seed", seed, [torch.int64])
-            _check.shape("seed", seed, [1])
-            _check.device("seed", seed, x)
-
-
-def _check_parameter(name: str, tensor: Tensor, expected: tuple[int | str, ...], x: Tensor) -> None:
-    if tensor.shape != expected:
-        _check.shape(name, tensor, expected)
-    _check.dtype(name, tensor)
-    _check.dense(name, tensor)
-    _check.device(name, tensor, x)
-
-
-def _check_groups(
-    x: Tensor, experts: int, offsets: Tensor, lora_a: Tensor | None, adapter: Tensor | None
-) -> None:
-    rows = x.shape[0]
-    _check.dtype("offsets", offsets, [torch.int64])
-    _check.shape("offsets", offsets, [experts + 1])
-    _check.device("offsets", offsets, x)
-    if adapter is not None:
-        _check.dtype("adapter", adapter, [torch.int32])
-        _check.shape("adapter", adapter, [rows])
-        _check.device("adapter", adapter, x)
-    elif lora_a is not None and lora_a.shape[0] != experts:
-        raise ValueError(
-            f"lora_a must have one adapter for each of {experts} experts, got {lora_a.shape[0]}"
-        )
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    bounds = offsets.tolist()
-    if bounds[0] != 0 or bounds[-1] != rows or sorted(bounds) != bounds:
-        raise ValueError(f"offsets must rise from 0 to {rows}, got {bounds}")
-    if adapter is not None and lora_a is not None and rows:
-        low, high = (int(v) for v in adapter.aminmax())
-        if low < -1 or high >= lora_a.shape[0]:
-            raise IndexError(f"adapter must lie in [-1, {lora_a.shape[0]}), got {low} to {high}")
