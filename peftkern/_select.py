@@ -137,12 +137,13 @@ def is_a(module: nn.Module, package: str, name: str) -> bool:
 
 def linears(names: dict[nn.Module, list[str]]) -> list[str]:
     """The names of all linears, with a star for the number of a layer."""
-    found = [
-        re.sub(r"(?<=\.)\d+(?=\.)", "*", places[0])
-        for module, places in names.items()
-        if _is_linear(module)
-    ]
+    found = [starred(places[0]) for module, places in names.items() if _is_linear(module)]
     return list(dict.fromkeys(found))
+
+
+def starred(name: str) -> str:
+    """So that what holds for every layer is said once."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def unmatched(config: LoraConfig, names: dict[nn.Module, list[str]]) -> list[str]:

@@ -112,8 +112,7 @@ def plan(model: nn.Module, configs: Sequence[LoraConfig]) -> Plan:
             Skipped(ending, "names no module") for ending in _select.unmatched(config, names)
         ]
         if len(result.modules) == before:
-            left_out = [f"{s.name}: {s.reason}" for s in result.skipped[skipped:]]
-            raise ValueError(_nothing(config, _select.linears(names), left_out))
+            raise ValueError(_nothing(config, names, result.skipped[skipped:]))
     return result
 
 
@@ -160,9 +159,10 @@ def _freeze(model: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def _nothing(config: LoraConfig, linears: list[str], left_out: list[str]) -> str:
+def _nothing(config: LoraConfig, names: dict[nn.Module, list[str]], skipped: list[Skipped]) -> str:
+    reasons = dict.fromkeys(f"{_select.starred(s.name)}: {s.reason}" for s in skipped)
     return (
         "target_modules must name a linear that can take an adapter, got "
-        f"{config.target_modules!r}; linears there: {', '.join(linears) or 'none'}"
-        + (f"; left out: {'; '.join(left_out[:10])}" if left_out else "")
+        f"{config.target_modules!r}; linears there: {', '.join(_select.linears(names)) or 'none'}"
+        + (f"; left out: {'; '.join(reasons)}" if reasons else "")
     )

@@ -231,6 +231,7 @@ def _finish(path: Path) -> None:
         (path / CONFIG).unlink(missing_ok=True)
         if (path / (TENSORS + NEW)).exists():
             os.replace(path / (TENSORS + NEW), path / TENSORS)
+            _sync(path)  # the config must not be there before them, a power cut included
         os.replace(path / (CONFIG + NEW), path / CONFIG)
         _sync(path)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from peftkern import _peft
+from peftkern._select import starred
 from peftkern.adapt import Skipped, adapters
 from peftkern.qlora import QLoRALinear
 
@@ -72,7 +73,8 @@ class Report:
             f"{len(self.rows)} adapted modules, {self.trainable:,} of {self.parameters:,} "
             f"parameters train ({share:.2f} %), {self.bytes:,} bytes"
         )
-        lines += [f"left out: {s.name}: {s.reason}" for s in self.skipped]
+        left_out = [f"left out: {starred(s.name)}: {s.reason}" for s in self.skipped]
+        lines += dict.fromkeys(left_out)
         return "\n".join(lines)
 
 

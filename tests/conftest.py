@@ -11,6 +11,9 @@ from peftkern import _native
 if _native.loaded:  # without the compiled library there is nothing but the references to test
     os.environ["PEFTKERN_STRICT"] = "1"
 
+if torch.cuda.is_available():  # what cuBLAS asks for before it is deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # Fills every fresh buffer with NaN too, those of at::empty included.
 torch.use_deterministic_algorithms(True)
 

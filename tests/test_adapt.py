@@ -226,7 +226,7 @@ def test_the_report_counts_what_is_there():
     configs = (
         LoraConfig(r=2, lora_alpha=4, base="nf4", target_modules=["q_proj"]),
         LoraConfig(r=2, lora_alpha=4, target_modules=["0.down_proj"]),
-        LoraConfig(r=32, lora_alpha=64, target_modules=["1.down_proj"]),
+        LoraConfig(r=32, lora_alpha=64, target_modules=["1.down_proj", "typo"]),
     )
     report = peftkern.report(peftkern.adapt(model, configs))
     rows = {row.name: row for row in report.rows}
@@ -240,7 +240,14 @@ def test_the_report_counts_what_is_there():
     assert rows["layers.1.down_proj"].vllm == "no: a rank or alpha of its own"
     assert report.parameters == sum(p.numel() for p in toy().parameters()) + report.trainable
     text = str(report)
+    assert "left out: typo: names no module" in text
     assert "layers.0.q_proj" in text and "no: 4-bit base" in text and "train (" in text
+
+
+def test_the_table_says_once_what_holds_for_every_layer():
+    report = peftkern.report(peftkern.adapt(toy(), LoraConfig()))
+    assert len(report.skipped) == 3 and str(report).count("left out:") == 2
+    assert "layers.*.gate: a router" in str(report)
 
 
 def test_a_model_without_adapters_has_an_empty_report():

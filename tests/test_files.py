@@ -20,6 +20,7 @@ from models import (
     toy,
 )
 from safetensors import safe_open
+from torch import nn
 
 import peftkern
 from peftkern import LoraConfig, QLoRALinear
@@ -162,6 +163,20 @@ def test_keys_of_a_later_peft_are_passed_over(tmp_path):
     assert_same_outputs(peftkern.load_adapter(toy(), tmp_path), adapted())
 
 
+def test_a_rank_belongs_to_one_name_though_another_ends_like_it(tmp_path):
+    def nested():
+        return nn.ModuleDict({"a": toy(), "b": nn.ModuleDict({"a": toy(seed=1)})})
+
+    config = LoraConfig(r=4, target_modules=["q_proj"], rank_pattern={"^a.layers.0.q_proj": 2})
+    model = disturb(peftkern.adapt(nested(), config))
+    peftkern.save_adapter(model, tmp_path)
+    again = peftkern.load_adapter(nested(), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(nested(), tmp_path).base_model.model
+    for other in (again, theirs):
+        assert_same_outputs(other["a"], model["a"])
+        assert_same_outputs(other["b"]["a"], model["b"]["a"])
+
+
 def truncate(file, size):
     file.write_bytes(file.read_bytes()[:size])
 
@@ -232,6 +247,24 @@ def test_a_damaged_or_foreign_adapter_is_refused_with_nothing_changed(damage, fr
     with pytest.raises((ValueError, TypeError), match=" must "):
         peftkern.load_adapter(model, tmp_path)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("no tensor", "lora_B.weight alone, got nothing"),
+        ("a foreign tensor", "got lm_head.weight"),
+        ("a module of another kind", "embed: Embedding is none of"),
+        ("a layer that is not there", r"layers\.7\.q_proj"),
+        ("one A missing", r"layers\.0\.q_proj must have lora_A and lora_B, got lora_B"),
+        ("integers", "lora_A must be float32 .* got torch.int64"),
+    ],
+)
+def test_the_refusal_says_what_is_wrong(damage, words, tmp_path):
+    peftkern.save_adapter(adapted(), tmp_path)
+    DAMAGES[damage](tmp_path)
+    with pytest.raises((ValueError, TypeError), match=words):
+        peftkern.load_adapter(toy(), tmp_path)
 
 
 @pytest.mark.parametrize("missing", [CONFIG, TENSORS, ""])

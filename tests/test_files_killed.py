@@ -73,6 +73,26 @@ def test_a_save_killed_at_any_step_leaves_the_old_adapter_or_the_new(change, tmp
     assert seen == sorted(seen, reverse=True)  # once the new one counts, it stays
 
 
+def test_a_save_after_a_killed_save_may_be_killed_as_well(tmp_path, monkeypatch):
+    saves = [adapted(), adapted(LoraConfig(r=2), seed=3), adapted(seed=4)]
+    expected = [model(tokens()) for model in saves]
+    for first in range(99):
+        done = False
+        for second in range(99):
+            path = tmp_path / f"{first}-{second}"
+            peftkern.save_adapter(saves[0], path)
+            through = save_killed_at(first, saves[1], path, monkeypatch)
+            done = save_killed_at(second, saves[2], path, monkeypatch)
+            outputs = peftkern.load_adapter(toy(), path)(tokens())
+            assert sum(torch.allclose(outputs, y, atol=1e-6) for y in expected) == 1
+            if done:
+                assert sorted(f for f in os.listdir(path) if not f.endswith(".tmp")) == FILES
+                break
+        if through:
+            break
+    assert through and done
+
+
 def test_a_process_killed_in_the_middle_of_the_tensors_leaves_the_old_adapter(tmp_path):
     peftkern.save_adapter(adapted(), tmp_path)
     script = f"""
