@@ -76,8 +76,8 @@ def _run_here(job: dict[str, Any]) -> None:
     model = PeftModel.from_pretrained(loaded.model, job["adapter"], is_trainable=True).train()
     _refuse_fallback(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with show.progress(NAME, recipe.steps, quiet) as report:
-        result = train.run(model, parameters, data.train, data.held_out, recipe, report)
+    progress = show.progress(NAME, recipe.steps, quiet)
+    result = train.run(model, parameters, data.train, data.held_out, recipe, progress)
     Path(job["result"]).write_text(json.dumps(asdict(result)))
 
 

@@ -48,15 +48,20 @@ def run(options: Options) -> None:
     loaded = language_model.load(path, bars=show.bars_wanted(options.quiet))
     model, tokenizer = loaded.model, loaded.tokenizer
     data = read_data(options.text, tokenizer, recipe)
-    bases = {"float32": language_model.linear_bytes(model)}
+    loss = train.evaluate(model, data.held_out, recipe.batch)
+    facts = {
+        "held-out perplexity, float32 base": f"{train.perplexity(loss):.2f}",
+        "adapted weights, float32": show.megabytes(language_model.linear_bytes(model)),
+    }
 
     config = METHODS[options.method]()
     torch.manual_seed(recipe.seed)
     peftkern.adapt(model, config)
-    report = peftkern.report(model)
+    rows = peftkern.report(model).rows
+    adapter = sum(tensor.nbytes for tensor in peftkern.adapter_state_dict(model).values())
     base = config.base if isinstance(config.base, str) else "as they are"
-    bases[base] = sum(row.bytes for row in report.rows)
-    print(f"Base: {loaded.source}, then requantised to {base}; {len(report.rows)} linears adapted.")
+    facts[f"adapted weights, {base}"] = show.megabytes(sum(row.bytes for row in rows) - adapter)
+    print(f"Base: {loaded.source}, then requantised to {base}; {len(rows)} linears adapted.")
     if options.compare_peers:
         peftkern.save_adapter(model, options.out / "initial-adapter")
 
@@ -69,7 +74,7 @@ def run(options: Options) -> None:
 
     show.plot(results, options.out / "loss.png")
     _write(options.out, results, recipe, written)
-    show.table(results, recipe, bases)
+    show.table(results, recipe, facts)
     for when, sampled in written.items():
         print(f"\nSampled {when}:\n{sampled}")
     print(f"\nWritten to {options.out}: adapter, loss.png, samples.txt, result.json")
@@ -77,9 +82,9 @@ def run(options: Options) -> None:
 
 
 def _train(model: nn.Module, data: Data, recipe: Recipe, options: Options) -> Result:
-    parameters = list(peftkern.trainable_parameters(model))
-    with show.progress(OURS, recipe.steps, options.quiet) as report:
-        return train.run(model, parameters, data.train, data.held_out, recipe, report)
+    parameters = peftkern.trainable_parameters(model)
+    progress = show.progress(OURS, recipe.steps, options.quiet)
+    return train.run(model, parameters, data.train, data.held_out, recipe, progress)
 
 
 def _write(out: Path, results: dict[str, Result], recipe: Recipe, written: dict[str, str]) -> None:

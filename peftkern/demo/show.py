@@ -68,8 +68,8 @@ def _bar(name: str, steps: int) -> Iterator[Callable[[int, float], None]]:
         yield lambda step, loss: bar.update(task, completed=step, loss=loss)
 
 
-def table(results: dict[str, Result], recipe: Recipe, bases: dict[str, int]) -> None:
-    """A column for each run in `results`; `bases` are bytes of the frozen linears."""
+def table(results: dict[str, Result], recipe: Recipe, facts: dict[str, str]) -> None:
+    """A column for each run in `results`; `facts` hold for all of them."""
     from rich.console import Console
     from rich.table import Table
 
@@ -81,21 +81,21 @@ def table(results: dict[str, Result], recipe: Recipe, bases: dict[str, int]) -> 
     def row(label: str, cell: Callable[[Result], str]) -> None:
         drawn.add_row(label, *(cell(result) for result in results.values()))
 
-    row("held-out loss before", lambda r: f"{r.held_out_before:.4f}")
-    row("held-out loss after", lambda r: f"{r.held_out_after:.4f}")
-    row("held-out perplexity before", lambda r: f"{perplexity(r.held_out_before):.2f}")
-    row("held-out perplexity after", lambda r: f"{perplexity(r.held_out_after):.2f}")
+    row("held-out loss, before", lambda r: f"{r.held_out_before:.4f}")
+    row("held-out loss, after", lambda r: f"{r.held_out_after:.4f}")
+    row("held-out perplexity, before", lambda r: f"{perplexity(r.held_out_before):.2f}")
+    row("held-out perplexity, after", lambda r: f"{perplexity(r.held_out_after):.2f}")
     row("seconds a step, median", lambda r: f"{r.seconds_per_step:.3f}")
     row("tokens a second", lambda r: f"{recipe.batch * recipe.length / r.seconds_per_step:.0f}")
     whole = "" if all(r.peak_of_training for r in results.values()) else " (loading included)"
-    row(f"peak memory{whole}", lambda r: _megabytes(r.peak_memory))
+    row(f"peak memory{whole}", lambda r: megabytes(r.peak_memory))
     row("trainable parameters", lambda r: f"{r.trainable:,}")
-    for label, size in bases.items():
-        drawn.add_row(f"adapted weights, {label}", *([_megabytes(size)] * len(results)))
+    for label, fact in facts.items():
+        drawn.add_row(label, *([fact] * len(results)))
     Console().print(drawn)
 
 
-def _megabytes(size: int) -> str:
+def megabytes(size: int) -> str:
     return f"{size / 1e6:,.0f} MB"
 
 

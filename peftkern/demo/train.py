@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,25 +56,27 @@ def run(
     train: Tensor,
     held_out: Tensor,
     recipe: Recipe,
-    report: Callable[[int, float], None],
+    progress: AbstractContextManager[Callable[[int, float], None]],
 ) -> Result:
+    """Evaluates, takes the recipe's steps within `progress`, and evaluates again."""
     before = evaluate(model, held_out, recipe.batch)
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe))
     losses: list[float] = []
     seconds: list[float] = []
     of_training = memory.reset_peak()
-    for batch in batches(train, recipe):
-        start = time.perf_counter()
-        loss = _loss(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters, recipe.largest_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        losses.append(loss.item())
-        seconds.append(time.perf_counter() - start)
-        report(len(losses), losses[-1])
+    with progress as report:
+        for batch in batches(train, recipe):
+            start = time.perf_counter()
+            loss = _loss(model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(parameters, recipe.largest_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(loss.item())
+            seconds.append(time.perf_counter() - start)
+            report(len(losses), losses[-1])
     peak = memory.peak()
     after = evaluate(model, held_out, recipe.batch)
     trainable = sum(parameter.numel() for parameter in parameters)
@@ -86,7 +89,7 @@ def evaluate(model: nn.Module, windows: Tensor, batch: int) -> float:
     chosen = windows[torch.linspace(0, len(windows) - 1, count).long()]
     total = 0.0
     with torch.no_grad():
-        for part in torch.split(chosen, batch):  # type: ignore[no-untyped-call]
+        for part in torch.split(chosen, batch):
             total += _loss(model, part).item() * len(part)
     return total / count
 
