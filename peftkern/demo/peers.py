@@ -95,6 +95,11 @@ def _quantize(model: nn.Module) -> None:
     for name, linear in list(model.named_modules()):
         if not isinstance(linear, nn.Linear) or linear is head:
             continue
+        if linear.in_features % 64 != 0:
+            raise DemoFailed(
+                f"{name} must have rows of whole blocks of 64 for bitsandbytes, which reads others "
+                f"with wrong scales on some CPUs, got {linear.in_features}"
+            )
         layer = bitsandbytes.nn.Linear4bit(
             linear.in_features,
             linear.out_features,
@@ -120,4 +125,7 @@ def _refuse_fallback(model: nn.Module) -> None:
 
 
 if __name__ == "__main__":
-    _run_here(json.loads(sys.argv[1]))
+    try:
+        _run_here(json.loads(sys.argv[1]))
+    except DemoFailed as failure:
+        sys.exit(f"{NAME}: {failure}")
