@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 MODULES = {
-    "demo": ("transformers", "gguf", "matplotlib", "rich"),
+    "demo": ("transformers", "accelerate", "gguf", "matplotlib", "rich"),
     "bench": ("pytest_benchmark", "matplotlib"),
     "peft": ("peft", "bitsandbytes"),
 }
