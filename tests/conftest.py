@@ -20,7 +20,7 @@ torch.use_deterministic_algorithms(True)
 # `isa` and monkeypatch hold for all examples of a test, which is what is meant here.
 settings.register_profile(
     "peftkern",
-    max_examples=25,
+    max_examples=int(os.environ.get("PEFTKERN_EXAMPLES", 25)),  # more in `make test-full`
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

