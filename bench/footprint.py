@@ -1,0 +1,97 @@
+"""What one call costs besides time: memory, allocations, dispatched ops.
+
+Peak memory is the larger of two counts, over what was held before the call. One is exact and sees
+torch's allocator only: the running sum of its allocations, from the profiler. The other sees
+everybody, peers with allocators of their own among them, but in pages and only where the system
+keeps it (Linux): the growth of the resident set at its highest. On CUDA torch's own peak is taken.
+
+An allocation is one request to torch's allocator. A dispatched op is one that reaches torch's
+dispatcher from outside: what an op calls inside its kernel is not counted again. Views count: they
+cost a dispatch too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+PROC = Path("/proc/self")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    peak_mib: float
+    allocations: int
+    dispatched: int
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops += 1
+        return func(*args, **(kwargs or {}))
+
+
+def dispatched_ops(call: Callable[[], Any]) -> int:
+    with _Count() as count:
+        call()
+    return count.ops
+
+
+def _allocations(call: Callable[[], Any]) -> list[int]:
+    """Bytes of every allocation, in order; negative where memory was given back."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces itself otherwise
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
+        result = call()  # held until the profile ends: a result in use is memory in use
+    del result
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+
+
+def _status(key: str) -> int:
+    line = next(x for x in (PROC / "status").read_text().splitlines() if x.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def _resident_growth(call: Callable[[], Any]) -> int:
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # else memory that is only kept for later hides the growth
+        (PROC / "clear_refs").write_text("5")  # the high-water mark starts again from here
+        before = _status("VmRSS")
+        result = call()
+        peak = _status("VmHWM")
+    except (OSError, AttributeError, StopIteration):
+        return 0
+    del result
+    return max(0, peak - before)
+
+
+def footprint(call: Callable[[], Any], device: torch.device) -> Footprint:
+    """`call` must be warm: a first call also builds caches that later ones share."""
+    sizes = _allocations(call)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        peak = torch.cuda.max_memory_allocated(device) - before
+    else:
+        held = peak = 0
+        for size in sizes:
+            held += size
+            peak = max(peak, held)
+        peak = max(peak, _resident_growth(call))
+    return Footprint(peak / 2**20, sum(size > 0 for size in sizes), dispatched_ops(call))
