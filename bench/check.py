@@ -37,6 +37,10 @@ def tensors(result: Any) -> Tensors:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
+def detached(result: Tensors) -> Tensors:
+    return tuple(t.detach() for t in result)
+
+
 def to_double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
@@ -52,7 +56,9 @@ def relative_error(result: Tensor, truth: Tensor) -> float:
     return sizes(result.detach().double() - truth)[1] / size if size else 0.0
 
 
-def objection(result: Tensors, truth: Tensors, plain: Tensors, tolerance: float) -> str:
+def objection(
+    result: Tensors, truth: Tensors, plain: Tensors, factor: float, tolerance: float
+) -> str:
     """Why `result` does not pass, or nothing. `tolerance` 0 asks for plain torch's accuracy."""
     if len(result) != len(plain):
         return f"result must have {len(plain)} tensors, got {len(result)}"
@@ -76,7 +82,7 @@ def objection(result: Tensors, truth: Tensors, plain: Tensors, tolerance: float)
         for kind, error, plain_error, size in zip(
             ("largest", "mean"), errors, allowed, sizes(exact), strict=True
         ):
-            bound = FACTOR * plain_error + eps * size
+            bound = factor * plain_error + eps * size
             if not error <= bound:
                 return f"{kind} error of output {i} must be at most {bound:.3g}, got {error:.3g}"
     return ""
@@ -94,10 +100,12 @@ class Oracle:
         sets: Sequence[Inputs],
         plain: Callable[..., Any],
         truth: Callable[..., Any] | None = None,
+        factor: float = FACTOR,
     ) -> None:
         if len(sets) < 2:
             raise ValueError(f"inputs must hold at least 2 sets, got {len(sets)}")
         self.sets = sets
+        self.factor = factor
         self.shifted = False
         self._plain = plain
         self._truth = truth
@@ -144,5 +152,5 @@ class Oracle:
                 truth = tensors(self._truth(*s.frozen, *s.live))
             else:
                 truth = tensors(self._plain(*map(to_double, s.frozen), *map(to_double, s.live)))
-            self._expected[key] = tuple(t.detach() for t in truth), tuple(t.detach() for t in plain)
+            self._expected[key] = detached(truth), detached(plain)
         return self._expected[key]

@@ -5,9 +5,8 @@ torch's allocator only: the running sum of its allocations, from the profiler. T
 everybody, peers with allocators of their own among them, but in pages and only where the system
 keeps it (Linux): the growth of the resident set at its highest. On CUDA torch's own peak is taken.
 
-An allocation is one request to torch's allocator. A dispatched op is one that reaches torch's
-dispatcher from outside: what an op calls inside its kernel is not counted again. Views count: they
-cost a dispatch too.
+An allocation is one request to torch's allocator. A dispatched op is one pass through torch's
+dispatcher, views and what an op calls inside its kernel included: each costs the host its time.
 """
 
 from __future__ import annotations
@@ -15,15 +14,16 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 PROC = Path("/proc/self")
+OP = re.compile(r"(?!autograd::)\w+::\w+")
 
 
 @dataclass(frozen=True)
@@ -33,32 +33,14 @@ class Footprint:
     dispatched: int
 
 
-class _Count(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.ops += 1
-        return func(*args, **(kwargs or {}))
-
-
-def dispatched_ops(call: Callable[[], Any]) -> int:
-    with _Count() as count:
-        call()
-    return count.ops
-
-
-def _allocations(call: Callable[[], Any]) -> list[int]:
-    """Bytes of every allocation, in order; negative where memory was given back."""
+def _events(call: Callable[[], Any]) -> list[Any]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces itself otherwise
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
         result = call()  # held until the profile ends: a result in use is memory in use
     del result
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
 
 
 def _status(key: str) -> int:
@@ -82,7 +64,9 @@ def _resident_growth(call: Callable[[], Any]) -> int:
 
 def footprint(call: Callable[[], Any], device: torch.device) -> Footprint:
     """`call` must be warm: a first call also builds caches that later ones share."""
-    sizes = _allocations(call)
+    events = _events(call)
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    dispatched = sum(OP.fullmatch(event.name()) is not None for event in events)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -94,4 +78,4 @@ def footprint(call: Callable[[], Any], device: torch.device) -> Footprint:
             held += size
             peak = max(peak, held)
         peak = max(peak, _resident_growth(call))
-    return Footprint(peak / 2**20, sum(size > 0 for size in sizes), dispatched_ops(call))
+    return Footprint(peak / 2**20, sum(size > 0 for size in sizes), dispatched)

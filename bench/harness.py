@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .check import Inputs, Oracle, objection, relative_error, tensors
+from .check import FACTOR, Inputs, Oracle, objection, relative_error, tensors
 from .floors import Floors, Work
 from .footprint import footprint
 from .machine import this_run
@@ -47,6 +47,11 @@ class Contender:
             )
 
 
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or "no message"
+    return f"{type(error).__name__}: {text.splitlines()[0][:160]}"
+
+
 class _Entrant:
     """A contender in a case, with what has become of it so far."""
 
@@ -70,7 +75,7 @@ class _Entrant:
         except ImportError as error:
             self.fail("missing", str(error))
         except Exception as error:  # a peer that breaks is a finding, and the others go on
-            self.fail("failed", f"{type(error).__name__}: {error}")
+            self.fail("failed", _first_line(error))
 
     def check(self, sets: Sequence[int]) -> None:
         for i in sets:
@@ -80,10 +85,12 @@ class _Entrant:
             try:
                 result = tensors(self.contender.view(self.calls[i]()))
             except Exception as error:
-                self.fail("failed", f"{type(error).__name__}: {error}")
+                self.fail("failed", _first_line(error))
                 return
             found = self.oracle.objection_to_inputs(i)
-            found = found or objection(result, truth, plain, self.contender.tolerance)
+            found = found or objection(
+                result, truth, plain, self.oracle.factor, self.contender.tolerance
+            )
             if found:
                 self.fail("wrong", found)
                 return
@@ -114,7 +121,7 @@ def _timed(entrant: _Entrant, times: Times, floors: Floors, baseline: str, noise
         ratio=paired_ratio(seconds, times.seconds[baseline]) if baseline in times.seconds else None,
     )
     median = row.milliseconds[1] / 1e3 if row.milliseconds else 0.0
-    return replace(row, rate=amount / median / 1e9, unit=unit) if amount else row
+    return replace(row, rate=amount / median / 1e9, unit=unit) if binding else row
 
 
 def _floor_rows(blank: Row, times: Times, floors: Floors) -> Iterator[Row]:
@@ -153,7 +160,8 @@ def measure(
     baseline: str,
     truth: Callable[..., Any] | None = None,
     work: Work | None = None,
-    backward: bool = False,
+    direction: str = "forward",
+    factor: float = FACTOR,
     device: str = "cpu",
     quick: bool = False,
     seed: int | None = None,
@@ -168,17 +176,17 @@ def measure(
         baseline: the contender that the ratios are of.
         truth: where it is not the reference in float64.
         work: the traffic and operations of one call, for the floors.
-        backward: gradients are recorded, and what is timed is forward and backward together.
+        direction: "forward", "backward" or "forward+backward"; all but the first record gradients.
+        factor: how many times plain torch's error passes.
         seed: of the order within the rounds; drawn and kept in the rows if not given.
     """
     if baseline not in contenders:
         raise ValueError(f"baseline must be one of {', '.join(contenders)}, got {baseline}")
     where = torch.device(device)
     seed = random.randrange(2**31) if seed is None else seed
-    direction = "forward+backward" if backward else "forward"
     blank = Row(family, op, case, direction, "", this_run(device), seed=seed)
-    with torch.set_grad_enabled(backward):
-        oracle = Oracle(inputs, reference, truth)
+    with torch.set_grad_enabled(direction != "forward"):
+        oracle = Oracle(inputs, reference, truth, factor)
         entrants = [_Entrant(name, c, oracle, blank) for name, c in contenders.items()]
         every = range(len(inputs))
         for entrant in entrants:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import cpuinfo
@@ -14,6 +15,7 @@ from pytest_benchmark.utils import get_commit_info
 
 from .row import Run
 
+CPU = Path("/sys/devices/system/cpu/cpu0")
 # Facts that name a machine rather than describe it.
 PRIVATE = ("node", "release")
 
@@ -48,6 +50,13 @@ def device_name(device: str = "cpu") -> str:
         "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else machine_info()["capability"]
     )
     return f"{brand}, {torch.get_num_threads()} threads, {widest}"
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache, which may be shared with others; a common size if unknown."""
+    sizes = [p.read_text().strip() for p in CPU.glob("cache/index*/size")] if CPU.exists() else []
+    units = {"K": 2**10, "M": 2**20}
+    return max((int(s[:-1]) * units.get(s[-1], 1) for s in sizes), default=32 * 2**20)
 
 
 def slug(name: str) -> str:

@@ -1,14 +1,15 @@
-"""What users would use otherwise, each as the `build` of a contender on NF4 weights of block size 64.
+"""What users would use otherwise, as `build`s of contenders on NF4 weights of block size 64.
 
-A build takes `(weight, bias, lora_a, lora_b)`, the weight dense and already what NF4 decodes to, so
-that every peer computes from the same values. One that is not installed raises ImportError, which
-becomes a row.
+A build takes `(weight)` or `(weight, lora_a, lora_b)`, the weight dense and already what NF4
+decodes to, so that every peer computes from the same values. One that is not installed raises
+ImportError, which becomes a row.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,9 +84,40 @@ def peft_bitsandbytes(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> nn.Modu
     return peft_layer(linear4bit(weight), lora_a, lora_b)
 
 
+def peft_dense(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
+    base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    base.weight = nn.Parameter(weight, requires_grad=False)
+    return peft_layer(base, lora_a, lora_b)
+
+
+def bitsandbytes_quantize() -> Callable[[Tensor], Any]:
+    import bitsandbytes.functional as functional
+
+    return partial(functional.quantize_4bit, blocksize=BLOCK_SIZE, quant_type="nf4")
+
+
+def bitsandbytes_decoded(quantized: Any) -> tuple[Tensor]:
+    import bitsandbytes.functional as functional
+
+    return (functional.dequantize_4bit(*quantized),)
+
+
+def bitsandbytes_dequantize(weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Into a fresh buffer: on the CPU it takes no `out`."""
+    import bitsandbytes.functional as functional
+
+    _, state = bitsandbytes_quantize()(weight)
+
+    def call(packed: Tensor, absmax: Tensor) -> Tensor:
+        state.absmax = absmax
+        return functional.dequantize_4bit(packed, state)
+
+    return call
+
+
 def onnxruntime_nbits(weight: Tensor) -> Call:
-    """MatMulNBits with int8 activations (accuracy_level 4). Its grid is uniform: scale and zero point
-    are those that cover each block's range, which is as close as the format comes to NF4's values.
+    """MatMulNBits with int8 activations (accuracy_level 4). Its grid is uniform: scale and zero
+    point are those that cover each block's range, as close as the format comes to NF4's values.
     """
     rows, columns = weight.shape
     blocks = weight.view(rows, columns // BLOCK_SIZE, BLOCK_SIZE)
@@ -105,11 +137,7 @@ def onnxruntime_nbits(weight: Tensor) -> Call:
 
 def onnxruntime_bnb4(weight: Tensor) -> Call:
     """MatMulBnb4 on bitsandbytes' bytes: NF4 (quant_type 1), exact."""
-    import bitsandbytes.functional
-
-    packed, state = bitsandbytes.functional.quantize_4bit(
-        weight, blocksize=BLOCK_SIZE, quant_type="nf4"
-    )
+    packed, state = bitsandbytes_quantize()(weight)
     rows, columns = weight.shape
     attributes = {"K": columns, "N": rows, "block_size": BLOCK_SIZE, "quant_type": 1}
     weights = {"packed": packed.flatten(), "absmax": state.absmax}

@@ -28,7 +28,7 @@ class Row:
     family: str
     op: str
     case: str
-    direction: str  # "forward" or "forward+backward"
+    direction: str  # "forward", "backward" or "forward+backward"
     contender: str
     run: Run
     status: str = "ok"
@@ -51,7 +51,7 @@ class Row:
 
     @property
     def group(self) -> str:
-        return f"{self.family} {self.op} {self.case} {self.direction}"
+        return f"{self.family} {self.op}, {self.direction}: {self.case}"
 
     @property
     def milliseconds(self) -> tuple[float, float, float] | None:

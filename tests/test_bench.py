@@ -32,11 +32,15 @@ def sets(count: int = 3) -> list[Inputs]:
     return [Inputs((w[0].contiguous(),), (w[1, :4].contiguous(),)) for w in draw]
 
 
-def race(contenders: dict[str, Callable[..., Callable[..., object]]], **options: object) -> list[Row]:
+def race(
+    contenders: dict[str, Callable[..., Callable[..., object]]], **options: object
+) -> list[Row]:
     entrants = {name: Contender(build) for name, build in contenders.items()}
     everyone = {"honest": Contender(honest)} | entrants
     arguments = {"baseline": "honest", "quick": True, "seed": 1} | options
-    return list(bench.measure("toy", "product", "48 x 32", everyone, sets(), reference, **arguments))
+    return list(
+        bench.measure("toy", "product", "48 x 32", everyone, sets(), reference, **arguments)
+    )
 
 
 def remembers_where(weight: Tensor) -> Callable[[Tensor], Tensor]:
@@ -175,7 +179,7 @@ def test_gradients_are_checked_too() -> None:
     }
     rows = bench.measure(
         "toy", "product", "48 x 32", contenders, inputs, plain,
-        baseline="reference", backward=True, quick=True,
+        baseline="reference", direction="forward+backward", quick=True,
     )  # fmt: skip
     found = {row.contender: row for row in rows}
     assert found["reference"].status == "ok" and found["reference"].direction == "forward+backward"
@@ -268,7 +272,7 @@ def test_results_are_what_pytest_benchmark_reads(tmp_path: Path) -> None:
         [sys.executable, "-m", "pytest_benchmark", "compare", str(path)],
         capture_output=True, text=True, cwd=tmp_path, check=True,
     )  # fmt: skip
-    assert "twin" in compared.stdout and "toy product 48 x 32 forward" in compared.stdout
+    assert "twin" in compared.stdout and "toy product, forward: 48 x 32" in compared.stdout
     assert sorted(record.load(path), key=repr) == sorted(rows, key=repr)
     assert "node" not in json.loads(path.read_text())["machine_info"], "no names of machines"
 
