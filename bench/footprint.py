@@ -3,7 +3,8 @@
 Peak memory is the larger of two counts, over what was held before the call. One is exact and sees
 torch's allocator only: the running sum of its allocations, from the profiler. The other sees
 everybody, peers with allocators of their own among them, but in pages and only where the system
-keeps it (Linux): the growth of the resident set at its highest. On CUDA torch's own peak is taken.
+keeps it (Linux): the growth of the resident set at its highest, in a new thread, so that scratch
+memory which threads keep between calls counts as well. On CUDA torch's own peak is taken.
 
 An allocation is one request to torch's allocator. A dispatched op is one pass through torch's
 dispatcher, views and what an op calls inside its kernel included: each costs the host its time.
@@ -15,6 +16,7 @@ import ctypes
 import gc
 import os
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,12 +56,23 @@ def _resident_growth(call: Callable[[], Any]) -> int:
         ctypes.CDLL(None).malloc_trim(0)  # else memory that is only kept for later hides the growth
         (PROC / "clear_refs").write_text("5")  # the high-water mark starts again from here
         before = _status("VmRSS")
-        result = call()
-        peak = _status("VmHWM")
+        _in_new_thread(call)
+        return max(0, _status("VmHWM") - before)
     except (OSError, AttributeError, StopIteration):
         return 0
-    del result
-    return max(0, peak - before)
+
+
+def _in_new_thread(call: Callable[[], Any]) -> None:
+    """With threads of its own under it, too: what threads keep from call to call is made anew."""
+    recording = torch.is_grad_enabled()  # a new thread starts with the default
+
+    def run() -> None:
+        with torch.set_grad_enabled(recording):
+            call()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
 
 
 def footprint(call: Callable[[], Any], device: torch.device) -> Footprint:
