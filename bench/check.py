@@ -111,15 +111,19 @@ class Oracle:
         self._truth = truth
         self._live = [tuple(t.detach().clone() for t in s.live) for s in sets]
         self._weights = [self._digest(s) for s in sets]
-        self._expected: dict[tuple[int, bool], tuple[Tensors, Tensors]] = {}
+        self._expected: dict[tuple[int | None, int], tuple[Tensors, Tensors]] = {}
 
     @staticmethod
     def _digest(inputs: Inputs) -> list[int]:
         weights = [t for t in inputs.frozen if isinstance(t, Tensor)]
         return [int(torch.hash_tensor(t).view(torch.int64)) for t in weights]
 
+    def _source(self, i: int) -> int:
+        """The set whose live values lie in set `i` now."""
+        return (i + 1) % len(self.sets) if self.shifted else i
+
     def _values(self, i: int) -> Tensors:
-        return self._live[(i + 1) % len(self.sets) if self.shifted else i]
+        return self._live[self._source(i)]
 
     def shift(self) -> None:
         self.shifted = not self.shifted
@@ -144,7 +148,7 @@ class Oracle:
 
     def expected(self, i: int) -> tuple[Tensors, Tensors]:
         """Truth and plain torch's result for set `i` as it stands."""
-        key = (i, self.shifted)
+        key = (i if self.sets[i].frozen else None, self._source(i))
         if key not in self._expected:
             s = self.sets[i]
             plain = tensors(self._plain(*s.frozen, *s.live))

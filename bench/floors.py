@@ -91,6 +91,8 @@ class Floors:
     def _add(self, name: str, amount: int, calls: Calls) -> None:
         self._amount[name] = amount
         self.calls[name] = calls
+        for call in calls:
+            call()
 
     def rate(self, name: str, seconds: tuple[float, ...]) -> float:
         """Bytes or operations a second."""

@@ -143,7 +143,7 @@ def _race(
     calls = {e.name: e.calls for e in entrants}
     noise = None
     if baseline in calls:
-        alone = replace(plan, seconds=plan.seconds / 4)
+        alone = replace(plan, seconds=plan.seconds / 4, min_rounds=max(3, plan.min_rounds // 2))
         twice = interleave({"one": calls[baseline], "other": calls[baseline]}, clock, alone, seed)
         noise = paired_ratio(twice.seconds["one"], twice.seconds["other"])
     return interleave({**calls, **floors.calls}, clock, plan, seed), noise

@@ -57,9 +57,13 @@ def bitsandbytes_repacked(weight: Tensor) -> Call:
     layer = linear4bit(weight).eval()
     with torch.no_grad():
         layer(torch.zeros(1, weight.shape[1]))
+    refuse_unless_repacked(layer)
+    return layer
+
+
+def refuse_unless_repacked(layer: nn.Module) -> None:
     if not getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
         raise ImportError("bitsandbytes repacks only on a CPU with AVX512-BF16")
-    return layer
 
 
 def peft_layer(base: nn.Module, lora_a: Tensor, lora_b: Tensor) -> nn.Module:

@@ -77,14 +77,13 @@ class Times:
 
 
 def interleave(contenders: Mapping[str, Calls], clock: Clock, plan: Plan, seed: int) -> Times:
-    """Each round every contender gets the same inputs, and the order is drawn again: neither a
-    neighbour's load nor what the contender before left in the caches falls on one of them alone.
+    """Contenders come warm. In a round all get the same inputs, in an order that is drawn anew:
+    neither a neighbour's load nor what was left in the caches falls on one of them alone.
     """
     draw = random.Random(seed)
     iterations, once = {}, {}
     for name, calls in contenders.items():
-        clock(calls, 0, 1)  # warm
-        once[name] = clock(calls, 1, 1)
+        once[name] = clock(calls, 0, 1)
         iterations[name] = max(1, min(1000, round(plan.round_seconds / max(once[name], 1e-9))))
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders)
