@@ -1,0 +1,299 @@
+"""qlora against what users would use otherwise, on NF4 weights of block size 64.
+
+Traffic of one product: a packed weight of N x K is read once (0.5 bytes a code and 4 for each 64),
+activations are read and written once. Operations: 2 M N K a product, forward or dX. Ratios are
+against peftkern: what is "slower" there is what a user would wait for otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftkern import QLoRALinear, qlora
+from peftkern.qlora import reference
+
+from . import peers
+from .check import Inputs
+from .floors import Work
+from .harness import Contender, measure
+from .machine import last_level_cache
+from .peers import BLOCK_SIZE, SCALE
+from .row import Row
+
+# From here on a product is bound by its operations and not by its weight's bytes.
+MANY_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer and how many rows of activations it gets."""
+
+    name: str
+    outputs: int
+    inputs: int
+    rows: int
+    rank: int = 0
+    beyond_cache: bool = False  # so many copies of the weight that no cache holds them all
+
+    @property
+    def packed_bytes(self) -> int:
+        return self.outputs * self.inputs // 2 + 4 * self.outputs * self.inputs // BLOCK_SIZE
+
+    def work(self, products: int = 1) -> Work:
+        ends = self.inputs + self.outputs
+        if self.rows < MANY_ROWS:
+            adapter = 4 * self.rank * ends
+            read = self.packed_bytes + adapter + 4 * self.rows * self.inputs
+            return Work(read=read, written=4 * self.rows * self.outputs)
+        base = 2 * self.rows * self.inputs * self.outputs
+        return Work(flops=products * base + 6 * self.rows * self.rank * ends)
+
+
+# The layers are those of Llama 3 8B: the square attention projection and the widest of the MLP.
+DECODE = (
+    Case("attention 4096 x 4096, 1 row", 4096, 4096, 1),
+    Case("mlp 14336 x 4096, 1 row", 14336, 4096, 1),
+    Case("mlp 14336 x 4096, 1 row, beyond the cache", 14336, 4096, 1, beyond_cache=True),
+)
+PREFILL = (Case("attention 4096 x 4096, 512 rows", 4096, 4096, 512),)
+DECODE_LORA = (Case("attention 4096 x 4096, 1 row, r 16", 4096, 4096, 1, rank=16),)
+TRAIN = (
+    Case("attention 4096 x 4096, 512 rows, r 16", 4096, 4096, 512, rank=16),
+    Case("call 16 x 16, 1 row, r 4", 16, 16, 1, rank=4),
+)
+STORE = (Case("4096 x 4096", 4096, 4096, 1),)
+
+INT8 = "activations in int8, weights on a uniform 4-bit grid"
+BF16 = "activations, scales and products in bf16"
+
+
+def weights(case: Case, copies: int) -> list[tuple[Tensor, ...]]:
+    """Weights that NF4 represents exactly, and an adapter that matters. Copies are one matrix,
+    rolled by blocks: other values in every place, without the time to draw and round them all.
+    """
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator)
+    dense = draw(case.outputs, case.inputs) / case.inputs**0.5
+    dense = qlora.dequantize(qlora.quantize(dense, "nf4", BLOCK_SIZE))
+    rolled = [dense.view(-1).roll(i * BLOCK_SIZE).view_as(dense) for i in range(copies)]
+    frozen: list[tuple[Tensor, ...]] = [(w,) for w in rolled]
+    if not case.rank:
+        return frozen
+    adapters = [
+        (draw(case.rank, case.inputs) / case.inputs**0.5, draw(case.outputs, case.rank) / 8)
+        for _ in range(copies)
+    ]
+    return [(*w, *ab) for w, ab in zip(frozen, adapters, strict=True)]
+
+
+def sets(case: Case, quick: bool, *live: tuple[int, ...]) -> list[Inputs]:
+    """Inputs of a case, with live tensors of these shapes."""
+    copies = 2
+    if case.beyond_cache and not quick:
+        copies = max(copies, ceil(1.25 * last_level_cache() / case.packed_bytes))
+    generator = torch.Generator().manual_seed(1)
+    draw = partial(torch.randn, generator=generator)
+    return [Inputs(frozen, tuple(draw(s) for s in live)) for frozen in weights(case, copies)]
+
+
+def plain(x: Tensor, weight: Tensor, *adapter: Tensor) -> Tensor:
+    return reference.linear(x, weight, None, *adapter, scale=SCALE)
+
+
+def ours(weight: Tensor, *adapter: Tensor) -> Callable[[Tensor], Tensor]:
+    quantized = qlora.quantize(weight, "nf4", BLOCK_SIZE)
+    return lambda x: qlora.linear(x, quantized, None, *adapter, scale=SCALE)
+
+
+def our_layer(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
+    rows, columns = weight.shape
+    base = nn.Linear(columns, rows, bias=False, device="meta")
+    base.weight = nn.Parameter(weight, requires_grad=False)
+    r = len(lora_a)
+    layer = QLoRALinear.from_linear(
+        base, r=r, lora_alpha=SCALE * r, base="nf4", block_size=BLOCK_SIZE, nested=False
+    )
+    with torch.no_grad():
+        layer.lora_A.copy_(lora_a)
+        layer.lora_B.copy_(lora_b)
+    return layer
+
+
+def with_gradients(build: Callable[..., Callable[[Tensor], Tensor]]) -> Callable[..., Any]:
+    """The same contender, forward and backward: y and the gradients of x and of the adapter."""
+
+    def trained(weight: Tensor, *adapter: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+        adapter = tuple(t.detach().clone().requires_grad_() for t in adapter)
+        layer = build(weight, *adapter)
+        trains = adapter
+        if isinstance(layer, nn.Module):
+            trains = tuple(p for p in layer.parameters() if p.requires_grad)
+
+        def call(x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+            x = x.detach().requires_grad_()
+            y = layer(x)
+            return y, *torch.autograd.grad(y, (x, *trains), grad)
+
+        return call
+
+    return trained
+
+
+def input_gradient(build: Callable[..., Callable[[Tensor], Tensor]]) -> Callable[..., Any]:
+    """The backward pass alone, of a frozen weight: dX = g W."""
+
+    def backward(weight: Tensor, shape: torch.Size) -> Callable[[Tensor], Tensor]:
+        x = torch.zeros(shape, requires_grad=True)
+        y = build(weight)(x)
+        return lambda grad: torch.autograd.grad(y, x, grad, retain_graph=True)[0]
+
+    return backward
+
+
+def decode(quick: bool) -> Iterator[Row]:
+    contenders = {
+        "peftkern": Contender(ours),
+        "torch dense": Contender(peers.dense),
+        "torch.compile": Contender(peers.compiled),
+        "bitsandbytes, fresh": Contender(peers.bitsandbytes_fresh),
+        "bitsandbytes, repacked": Contender(peers.bitsandbytes_repacked, BF16, 2e-2),
+        "onnxruntime MatMulBnb4": Contender(peers.onnxruntime_bnb4),
+        "onnxruntime MatMulNBits": Contender(peers.onnxruntime_nbits, INT8, 2e-1),
+    }
+    for case in (*DECODE, *PREFILL):
+        yield from measure(
+            "qlora", "linear", case.name, contenders, sets(case, quick, (case.rows, case.inputs)),
+            lambda weight, x: plain(x, weight), baseline="peftkern", work=case.work(), quick=quick,
+        )  # fmt: skip
+
+
+def decode_lora(quick: bool) -> Iterator[Row]:
+    contenders = {
+        "peftkern": Contender(ours),
+        "peftkern.QLoRALinear": Contender(our_layer),
+        "torch dense": Contender(peers.dense),
+        "torch.compile": Contender(peers.compiled),
+        "peft + bitsandbytes, fresh": Contender(peers.peft_bitsandbytes),
+    }
+    for case in DECODE_LORA:
+        yield from measure(
+            "qlora", "linear", case.name, contenders, sets(case, quick, (case.rows, case.inputs)),
+            lambda weight, a, b, x: plain(x, weight, a, b), baseline="peftkern",
+            work=case.work(), quick=quick,
+        )  # fmt: skip
+
+
+def input_gradients(quick: bool) -> Iterator[Row]:
+    contenders = {
+        "peftkern": Contender(input_gradient(ours)),
+        "torch dense": Contender(input_gradient(peers.dense)),
+        "bitsandbytes, fresh": Contender(input_gradient(peers.bitsandbytes_fresh)),
+    }
+    for case in PREFILL:
+        shape = torch.Size((case.rows, case.inputs))
+        inputs = sets(case, quick, (case.rows, case.outputs))
+        yield from measure(
+            "qlora", "linear dX", case.name, contenders,
+            [replace(s, frozen=(*s.frozen, shape)) for s in inputs],
+            lambda weight, shape, grad: grad @ weight, baseline="peftkern", direction="backward",
+            work=case.work(), quick=quick,
+        )  # fmt: skip
+
+
+def training(quick: bool) -> Iterator[Row]:
+    builds = {
+        "peftkern": ours,
+        "peftkern.QLoRALinear": our_layer,
+        "torch dense": peers.dense,
+        "peft, dense": peers.peft_dense,
+        "peft + bitsandbytes, fresh": peers.peft_bitsandbytes,
+    }
+    contenders = {name: Contender(with_gradients(build)) for name, build in builds.items()}
+
+    def gradients(weight: Tensor, a: Tensor, b: Tensor, x: Tensor, grad: Tensor) -> Any:
+        return with_gradients(lambda w, a, b: lambda x: plain(x, w, a, b))(weight, a, b)(x, grad)
+
+    for case in TRAIN:
+        shapes = (case.rows, case.inputs), (case.rows, case.outputs)
+        yield from measure(
+            "qlora", "linear", case.name, contenders, sets(case, quick, *shapes), gradients,
+            baseline="peftkern", direction="forward+backward", work=case.work(products=2),
+            quick=quick,
+        )  # fmt: skip
+
+
+def quantizing(quick: bool) -> Iterator[Row]:
+    def reference_build() -> Callable[[Tensor], Any]:
+        codebook = torch.tensor(reference.NF4)
+        thresholds = reference.midpoints(codebook)
+        return lambda w: (*reference.quantize(w, thresholds, BLOCK_SIZE), codebook, w.shape)
+
+    def round_trip(w: Tensor) -> Tensor:
+        return reference.dequantize(*reference_build()(w), BLOCK_SIZE)
+
+    contenders = {
+        "peftkern": Contender(
+            lambda: lambda w: qlora.quantize(w, "nf4", BLOCK_SIZE),
+            view=lambda q: (reference.dequantize(*q.buffers, q.shape, BLOCK_SIZE),),
+        ),
+        "reference": Contender(
+            reference_build, view=lambda q: (reference.dequantize(*q, BLOCK_SIZE),)
+        ),
+        "bitsandbytes": Contender(peers.bitsandbytes_quantize, view=peers.bitsandbytes_decoded),
+    }
+    for case in STORE:
+        inputs = [replace(s, frozen=()) for s in sets(case, quick, (case.outputs, case.inputs))]
+        # What must come back is the weight itself, and no rounding may be worse than the nearest.
+        yield from measure(
+            "qlora", "quantize", case.name, contenders, inputs, round_trip,
+            baseline="peftkern", truth=lambda w: w.double(), factor=1.0,
+            work=Work(read=4 * case.outputs * case.inputs, written=case.packed_bytes), quick=quick,
+        )  # fmt: skip
+
+
+def dequantizing(quick: bool) -> Iterator[Row]:
+    """Into a buffer that is there already: a fresh one costs more than the work, in page faults."""
+    codebook = torch.tensor(reference.NF4)
+
+    def ours_into(weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        whole, out = qlora.quantize(weight, "nf4", BLOCK_SIZE), torch.empty_like(weight)
+        return lambda packed, absmax: qlora.dequantize(
+            replace(whole, packed=packed, absmax=absmax), out=out
+        )
+
+    for case in STORE:
+        shape = (case.outputs, case.inputs)
+        contenders = {
+            "peftkern": Contender(ours_into),
+            "bitsandbytes": Contender(peers.bitsandbytes_dequantize),
+        }
+        inputs = []
+        for s in sets(case, quick):
+            stored = qlora.quantize(s.frozen[0], "nf4", BLOCK_SIZE)
+            inputs.append(Inputs(s.frozen, (stored.packed, stored.absmax)))
+        yield from measure(
+            "qlora", "dequantize", case.name, contenders, inputs,
+            partial(_decode, codebook, shape), baseline="peftkern",
+            work=Work(read=case.packed_bytes, written=4 * case.outputs * case.inputs), quick=quick,
+        )  # fmt: skip
+
+
+def _decode(
+    codebook: Tensor, shape: tuple[int, ...], weight: Tensor, packed: Tensor, absmax: Tensor
+) -> Tensor:
+    return reference.dequantize(packed, absmax, codebook, shape, BLOCK_SIZE)
+
+
+def rows(device: str = "cpu", quick: bool = False) -> Iterator[Row]:
+    if torch.device(device).type != "cpu":
+        raise ValueError(f"device must be cpu for qlora's benchmarks, got {device}")
+    parts = (decode, decode_lora, input_gradients, training, quantizing, dequantizing)
+    for part in parts:
+        yield from part(quick)

@@ -1,0 +1,29 @@
+// bench: what the machine can do, as the floors of every benchmark.
+//   read(buffer)  = sum of buffer[i], modulo 2^64: every byte is loaded once and nothing is stored
+//   write(buffer) : buffer[i] = kFill: every byte is stored once and nothing is loaded
+// buffer [words], 64-bit words, dense. The sum does not depend on how a caller splits the buffer.
+// Both are serial over the words they are given: threads belong to the caller.
+#pragma once
+#include <cstdint>
+
+namespace peftkern::bench {
+
+// Read as float32 this is 0.747: no slow denormals for whoever computes with the buffer afterwards.
+inline constexpr uint64_t kFill = 0x3f3f3f3f3f3f3f3f;
+
+struct Table {
+  uint64_t (*read)(const uint64_t* buffer, int64_t words);
+  void (*write)(uint64_t* buffer, int64_t words);
+};
+
+namespace baseline {
+extern const Table table;
+}
+namespace avx2 {
+extern const Table table;
+}
+namespace avx512 {
+extern const Table table;
+}
+
+}  // namespace peftkern::bench
