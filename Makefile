@@ -24,7 +24,7 @@ SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 # setup.py calls cmake, and cmake calls ninja, by their bare names.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: venv build demo test test-full ctest ctest-sanitize lint format bench
+.PHONY: venv build demo test test-full ctest ctest-sanitize pytest-sanitize lint format bench
 
 venv: $(VENV)/.torch
 build: $(VENV)/.build
@@ -32,7 +32,7 @@ build: $(VENV)/.build
 demo: $(VENV)/.demo
 	peftkern demo $(DEMO)
 
-test: lint ctest ctest-sanitize
+test: lint ctest ctest-sanitize pytest-sanitize
 	python -m pytest $(PYTEST)
 
 test-full: export PEFTKERN_EXAMPLES ?= 250
@@ -62,6 +62,16 @@ ctest-sanitize: $(VENV)/.test
 	cmake -S . -B build/tests-sanitize -G Ninja -DPEFTKERN_SANITIZE=ON
 	cmake --build build/tests-sanitize --target peftkern_tests
 	ctest --test-dir build/tests-sanitize --output-on-failure
+
+# The ops from Python, in an interpreter that knows nothing of sanitizers: their runtime has to be
+# there first. Leaks are Python's own.
+pytest-sanitize: $(VENV)/.test
+	cmake -S . -B build/sanitize -G Ninja -DPEFTKERN_SANITIZE=ON -DPython_EXECUTABLE=$(BIN)/python \
+	  -DPEFTKERN_TORCH=$$(python -c 'import os, torch; print(os.path.dirname(torch.__file__))')
+	cmake --build build/sanitize --target peftkern_ops
+	PEFTKERN_EXAMPLES=5 PEFTKERN_LIBRARY=build/sanitize/_ops.so ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  python -m pytest tests/test_qlora*.py -k 'not compile'
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

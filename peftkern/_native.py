@@ -105,7 +105,8 @@ def using_isa(name: str) -> Iterator[None]:
 
 
 def _load() -> bool:
-    library = Path(__file__).parent / "_ops.so"
+    # Another build of the same library, such as one with sanitizers, may stand in.
+    library = Path(os.environ.get("PEFTKERN_LIBRARY", Path(__file__).parent / "_ops.so"))
     if not library.exists():
         return False
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
