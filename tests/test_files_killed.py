@@ -1,5 +1,6 @@
 """A save that is cut off at any moment leaves the old adapter or the new one, never a mixture."""
 
+import io
 import os
 import subprocess
 import sys
@@ -34,7 +35,32 @@ def save_killed_at(step, model, path, monkeypatch):
 
         return call
 
+    def opened(*args):
+        file = io.FileIO(args[0], "w")
+        write, torn = counted(file.write), file.write
+
+        class Torn:
+            """Half of what it should write is there when the process dies."""
+
+            def write(self, content):
+                try:
+                    write(content)
+                except Killed:
+                    torn(content[: len(content) // 2])
+                    raise
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *args):
+                file.close()
+
+            flush, fileno = file.flush, file.fileno
+
+        return Torn()
+
     with monkeypatch.context() as patch:
+        patch.setattr("peftkern.files.open", opened, raising=False)
         for name in ("fsync", "replace"):
             patch.setattr(os, name, counted(getattr(os, name)))
         for name in ("unlink", "mkdir"):
