@@ -121,6 +121,8 @@ def test_info_tells_what_serves_what():
         "C++" if loaded else "reference"
     }
     assert (info.isa != "none") == loaded == bool(info.build)
-    text = str(info)
-    for part in (info.version, info.torch, info.isa, *info.kernels, *info.devices):
-        assert part in text
+    lines = str(info).splitlines()
+    for begin in (f"peftkern {info.version}", f"torch    {info.torch}", f"isa      {info.isa}"):
+        assert any(line.startswith(begin) for line in lines), begin
+    for begin in (*info.kernels, *info.devices):
+        assert any(line.split()[:1] == [begin] for line in lines), begin
