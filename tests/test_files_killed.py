@@ -17,6 +17,11 @@ from peftkern import LoraConfig
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
 
+def same(first, second):
+    """Other kernels round otherwise; another adapter is another function altogether."""
+    return torch.allclose(first, second, atol=1e-4)
+
+
 class Killed(BaseException):
     """Nothing in the code under test may catch it."""
 
@@ -82,14 +87,14 @@ def test_a_save_killed_at_any_step_leaves_the_old_adapter_or_the_new(change, tmp
         peftkern.save_adapter(old, path)
         through = save_killed_at(step, new, path, monkeypatch)
         outputs = peftkern.load_adapter(toy(), path)(tokens())
-        seen += [which for which, y in expected.items() if torch.allclose(outputs, y, atol=1e-6)]
+        seen += [which for which, y in expected.items() if same(outputs, y)]
         assert len(seen) == step + 1, f"neither, or both, after step {step}"
         try:  # peft knows nothing of a save that was cut: it finds the same, or nothing
             theirs = peft.PeftModel.from_pretrained(toy(), path).eval()
         except (ValueError, OSError):
             pass
         else:
-            assert any(torch.allclose(theirs(tokens()), y, atol=1e-6) for y in expected.values())
+            assert any(same(theirs(tokens()), y) for y in expected.values())
         peftkern.save_adapter(last, path)  # the next save clears up
         assert sorted(f for f in os.listdir(path) if not f.endswith(".tmp")) == FILES
         assert_same_outputs(peftkern.load_adapter(toy(), path), last)
@@ -110,7 +115,7 @@ def test_a_save_after_a_killed_save_may_be_killed_as_well(tmp_path, monkeypatch)
             through = save_killed_at(first, saves[1], path, monkeypatch)
             done = save_killed_at(second, saves[2], path, monkeypatch)
             outputs = peftkern.load_adapter(toy(), path)(tokens())
-            assert sum(torch.allclose(outputs, y, atol=1e-6) for y in expected) == 1
+            assert sum(same(outputs, y) for y in expected) == 1
             if done:
                 assert sorted(f for f in os.listdir(path) if not f.endswith(".tmp")) == FILES
                 break
