@@ -22,9 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     try:
         return int(arguments.command(arguments) or 0)
-    except (DemoFailed, MissingExtra) as failure:
+    except (DemoFailed, MissingExtra, OSError) as failure:
         print(f"peftkern: {failure}", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt:
+        print("peftkern: stopped", file=sys.stderr)
+    return 1
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -113,8 +115,24 @@ def _demo(arguments: argparse.Namespace) -> None:
     )
 
 
-def _bench(arguments: argparse.Namespace) -> None:
+def _bench(arguments: argparse.Namespace) -> int:
     need("bench", "peftkern bench")
-    import peftkern.bench
+    from peftkern import bench
 
-    peftkern.bench.run(arguments.families, quick=arguments.quick, out=arguments.out)
+    known = bench.families()
+    for name in arguments.families:
+        if name not in known:
+            print(f"FAMILY must be one of {', '.join(known)}, got {name}", file=sys.stderr)
+            return 2
+    rows = bench.run(
+        arguments.families,
+        quick=arguments.quick,
+        out=arguments.out,
+        each=lambda row: print(f"{row.group}: {row.contender}, {row.status}", file=sys.stderr),
+    )
+    bench.show(rows)
+    # A peer that fails is a row in the table; one of ours that fails is work that failed.
+    wrong = [row for row in rows if row.contender.startswith("peftkern") and row.status != "ok"]
+    for row in wrong:
+        print(f"peftkern: {row.group}: {row.status}, {row.note}", file=sys.stderr)
+    return 1 if wrong else 0

@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import peftkern
+import peftkern.bench
 from peftkern import _extras, cli
 from peftkern.demo import DemoFailed, Options, memory, model, peers, text, train
 from peftkern.demo.run import run
@@ -183,6 +185,43 @@ def test_a_text_too_short_is_status_1(folder, tmp_path, capsys):
     arguments = ["demo", "--model", str(folder), "--text", str(short), "--out", str(tmp_path)]
     assert cli.main(arguments) == 1
     assert "text must have at least 128 tokens" in capsys.readouterr().err
+
+
+def row(contender, status):
+    return SimpleNamespace(group="qlora linear", contender=contender, status=status, note="why")
+
+
+@pytest.mark.parametrize(
+    "rows, expected",
+    [
+        ([row("peftkern", "ok"), row("peer", "failed")], 0),
+        ([row("peftkern", "wrong"), row("peer", "ok")], 1),
+    ],
+)
+def test_bench_fails_where_ours_fails(rows, expected, monkeypatch, capsys):
+    def run(families, quick, out, each):
+        assert families == ["qlora"] and quick and out == Path("results.json")
+        for one in rows:
+            each(one)
+        return rows
+
+    monkeypatch.setattr(peftkern.bench, "run", run)
+    monkeypatch.setattr(peftkern.bench, "show", lambda rows: print(len(rows), "rows"))
+    assert cli.main(["bench", "qlora", "--quick", "--out", "results.json"]) == expected
+    shown = capsys.readouterr()
+    assert shown.out == "2 rows\n" and "qlora linear: peftkern, " in shown.err
+    assert ("peftkern: qlora linear: wrong, why" in shown.err) == bool(expected)
+
+
+def test_a_family_that_is_not_there_is_status_2(capsys):
+    assert cli.main(["bench", "quantum"]) == 2
+    assert "FAMILY must be one of " in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_status_1(folder, capsys):
+    arguments = ["demo", "--model", str(folder), "--out", f"{__file__}/below"]
+    assert cli.main(arguments) == 1
+    assert capsys.readouterr().err.startswith("peftkern: ")
 
 
 # The demo

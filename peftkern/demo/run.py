@@ -48,6 +48,7 @@ def run(options: Options) -> None:
     loaded = language_model.load(path, bars=show.bars_wanted(options.quiet))
     model, tokenizer = loaded.model, loaded.tokenizer
     data = read_data(options.text, tokenizer, recipe)
+    show.say("Measuring the model as it is, before and after requantising", options.quiet)
     loss = train.evaluate(model, data.held_out, recipe.batch)
     facts = {
         "held-out perplexity, float32 base": f"{train.perplexity(loss):.2f}",

@@ -59,13 +59,13 @@ def _bar(name: str, steps: int) -> Iterator[Callable[[int, float], None]]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.fields[loss]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(name, total=steps, loss=float("nan"))
-        yield lambda step, loss: bar.update(task, completed=step, loss=loss)
+        task = bar.add_task(name, total=steps, loss="")
+        yield lambda step, loss: bar.update(task, completed=step, loss=f"loss {loss:.3f}")
 
 
 def table(results: dict[str, Result], recipe: Recipe, facts: dict[str, str]) -> None:
@@ -96,7 +96,7 @@ def table(results: dict[str, Result], recipe: Recipe, facts: dict[str, str]) -> 
 
 
 def megabytes(size: int) -> str:
-    return f"{size / 1e6:,.0f} MB"
+    return f"{size / 1e6:,.{0 if size >= 1e7 else 2}f} MB"
 
 
 def plot(results: dict[str, Result], path: Path) -> None:
