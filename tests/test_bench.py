@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -271,6 +272,19 @@ def test_footprint_counts_what_is_held_at_once() -> None:
     seen = footprint.footprint(call, torch.device("cpu"))
     assert 8 <= seen.peak_mib < 12
     assert (seen.allocations, seen.dispatched) == (2, 4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="counts pages on Linux only")
+def test_footprint_counts_what_threads_keep_between_calls() -> None:
+    kept = threading.local()
+
+    def call() -> Tensor:
+        if not hasattr(kept, "scratch"):
+            kept.scratch = bytearray(b"1") * (64 << 20)
+        return torch.zeros(1)
+
+    call()
+    assert 64 <= footprint.footprint(call, torch.device("cpu")).peak_mib < 80
 
 
 def toy_rows() -> list[Row]:
