@@ -52,7 +52,7 @@ class Clock:
         start = default_timer()
         for call in order:
             call()
-        return (default_timer() - start) / len(order)
+        return float(default_timer() - start) / len(order)
 
     @staticmethod
     def _cuda(order: Calls, flush: torch.Tensor) -> float:
