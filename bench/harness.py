@@ -103,7 +103,9 @@ class _Entrant:
         self.oracle.shift()
 
 
-def _timed(entrant: _Entrant, times: Times, floors: Floors, baseline: str, noise: Ratio) -> Row:
+def _timed(
+    entrant: _Entrant, times: Times, floors: Floors, baseline: str, noise: Ratio | None
+) -> Row:
     seconds = times.seconds[entrant.name]
     work = floors.work
     binding, share = floors.share({n: times.seconds[n] for n in floors.calls}, seconds)

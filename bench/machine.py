@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,7 @@ def commit_info() -> dict[str, Any]:
     """Of the checkout one stands in; of the build where there is none."""
     info: dict[str, Any] = get_commit_info("peftkern")
     if info["id"] in ("unversioned", "unknown"):
-        from peftkern import _build
-
-        info["id"] = _build.commit
+        info["id"] = import_module("peftkern._build").commit
     return info
 
 

@@ -26,7 +26,7 @@ from . import peers
 from .check import Inputs
 from .floors import Work
 from .harness import Contender, measure
-from .peers import BLOCK_SIZE
+from .layers import BLOCK_SIZE
 from .qlora import BF16
 from .row import Row
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BLOCK_SIZE = 64
+from .layers import BLOCK_SIZE
+
 SCALE = 2.0
 
 Call = Callable[[Tensor], Tensor]

@@ -8,9 +8,8 @@ against peftkern: what is "slower" there is what a user would wait for otherwise
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from math import ceil
 from typing import Any
 
 import torch
@@ -23,38 +22,9 @@ from . import peers
 from .check import Inputs
 from .floors import Work
 from .harness import Contender, measure
-from .machine import last_level_cache
-from .peers import BLOCK_SIZE, SCALE
+from .layers import BLOCK_SIZE, Case, sets
+from .peers import SCALE
 from .row import Row
-
-# From here on a product is bound by its operations and not by its weight's bytes.
-MANY_ROWS = 64
-
-
-@dataclass(frozen=True)
-class Case:
-    """A layer and how many rows of activations it gets."""
-
-    name: str
-    outputs: int
-    inputs: int
-    rows: int
-    rank: int = 0
-    beyond_cache: bool = False  # so many copies of the weight that no cache holds them all
-
-    @property
-    def packed_bytes(self) -> int:
-        return self.outputs * self.inputs // 2 + 4 * self.outputs * self.inputs // BLOCK_SIZE
-
-    def work(self, products: int = 1) -> Work:
-        ends = self.inputs + self.outputs
-        if self.rows < MANY_ROWS:
-            adapter = 4 * self.rank * ends
-            read = self.packed_bytes + adapter + 4 * self.rows * self.inputs
-            return Work(read=read, written=4 * self.rows * self.outputs)
-        base = 2 * self.rows * self.inputs * self.outputs
-        return Work(flops=products * base + 6 * self.rows * self.rank * ends)
-
 
 # The layers are those of Llama 3 8B: the square attention projection and the widest of the MLP.
 DECODE = (
@@ -70,37 +40,12 @@ TRAIN = (
 )
 STORE = (Case("4096 x 4096", 4096, 4096, 1),)
 
+BOUND_BY_MEMORY = (
+    "peftkern", "torch dense", "bitsandbytes, repacked", "onnxruntime MatMulNBits",
+)  # fmt: skip
+
 INT8 = "activations in int8, weights on a uniform 4-bit grid"
 BF16 = "activations, scales and products in bf16"
-
-
-def weights(case: Case, copies: int) -> list[tuple[Tensor, ...]]:
-    """Weights that NF4 represents exactly, and an adapter that matters. Copies are one matrix,
-    rolled by blocks: other values in every place, without the time to draw and round them all.
-    """
-    generator = torch.Generator().manual_seed(0)
-    draw = partial(torch.randn, generator=generator)
-    dense = draw(case.outputs, case.inputs) / case.inputs**0.5
-    dense = qlora.dequantize(qlora.quantize(dense, "nf4", BLOCK_SIZE))
-    rolled = [dense.view(-1).roll(i * BLOCK_SIZE).view_as(dense) for i in range(copies)]
-    frozen: list[tuple[Tensor, ...]] = [(w,) for w in rolled]
-    if not case.rank:
-        return frozen
-    adapters = [
-        (draw(case.rank, case.inputs) / case.inputs**0.5, draw(case.outputs, case.rank) / 8)
-        for _ in range(copies)
-    ]
-    return [(*w, *ab) for w, ab in zip(frozen, adapters, strict=True)]
-
-
-def sets(case: Case, quick: bool, *live: tuple[int, ...]) -> list[Inputs]:
-    """Inputs of a case, with live tensors of these shapes."""
-    copies = 2
-    if case.beyond_cache and not quick:
-        copies = max(copies, ceil(1.25 * last_level_cache() / case.packed_bytes))
-    generator = torch.Generator().manual_seed(1)
-    draw = partial(torch.randn, generator=generator)
-    return [Inputs(frozen, tuple(draw(s) for s in live)) for frozen in weights(case, copies)]
 
 
 def plain(x: Tensor, weight: Tensor, *adapter: Tensor) -> Tensor:
@@ -158,6 +103,9 @@ def input_gradient(build: Callable[..., Callable[[Tensor], Tensor]]) -> Callable
 
 
 def decode(quick: bool) -> Iterator[Row]:
+    """Copies beyond the cache would fill the memory for every contender, so that case has those
+    that are bound by memory; the others stand in the case before it.
+    """
     contenders = {
         "peftkern": Contender(ours),
         "torch dense": Contender(peers.dense),
@@ -168,8 +116,11 @@ def decode(quick: bool) -> Iterator[Row]:
         "onnxruntime MatMulNBits": Contender(peers.onnxruntime_nbits, INT8, 2e-1),
     }
     for case in (*DECODE, *PREFILL):
+        some = contenders
+        if case.beyond_cache:
+            some = {name: contenders[name] for name in BOUND_BY_MEMORY}
         yield from measure(
-            "qlora", "linear", case.name, contenders, sets(case, quick, (case.rows, case.inputs)),
+            "qlora", "linear", case.name, some, sets(case, quick, (case.rows, case.inputs)),
             lambda weight, x: plain(x, weight), baseline="peftkern", work=case.work(), quick=quick,
         )  # fmt: skip
 

@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pytest_benchmark.timers import default_timer
@@ -52,19 +52,20 @@ class Clock:
         start = default_timer()
         for call in order:
             call()
-        return (default_timer() - start) / len(order)
+        return float(default_timer() - start) / len(order)
 
     @staticmethod
     def _cuda(order: Calls, flush: torch.Tensor) -> float:
         total = 0.0
+        event = cast(Any, torch.cuda.Event)
         for call in order:
             flush.zero_()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = event(enable_timing=True), event(enable_timing=True)
             begin.record()
             call()
             end.record()
             end.synchronize()
-            total += begin.elapsed_time(end)
+            total += float(begin.elapsed_time(end))
         return total / len(order) / 1e3
 
 
