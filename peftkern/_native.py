@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ NAMESPACE = "peftkern"  # spelled once more, in csrc/common/binding.h
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 
 _ops: list[str] = []
+_triton: set[str] = set()
 _warned: set[tuple[str, str]] = set()
 
 
@@ -38,6 +40,23 @@ def define(schema: str, fake: Callable[..., Any], reference: Callable[..., Any])
     torch.library.impl(qualified, "CompositeExplicitAutograd", _announced(name, reference))
     _ops.append(name)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def register_triton(family: str, verb: str) -> None:
+    """Lets the launcher `peftkern.kernels.<family>.<verb>` serve GPUs where C++ does not."""
+    op = f"{NAMESPACE}::{family}_{verb}"
+    if _has_kernel(op, "CUDA"):
+        return
+
+    def launch(*args: Any) -> Any:
+        return getattr(import_module(f"peftkern.kernels.{family}"), verb)(*args)
+
+    torch.library.impl(op, "CUDA", launch)
+    _triton.add(f"{family}_{verb}")
+
+
+def _has_kernel(op: str, key: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op, key))
 
 
 def _announced(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,14 +84,15 @@ def _device_of(args: tuple[Any, ...]) -> str:
 def kernels() -> dict[str, dict[str, str]]:
     """For every op, which kernel serves which device."""
     devices = {"cpu": "CPU"} | ({"cuda": "CUDA"} if torch.cuda.is_available() else {})
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
     return {
-        op: {
-            device: "C++" if has(f"{NAMESPACE}::{op}", key) else "reference"
-            for device, key in devices.items()
-        }
-        for op in _ops
+        op: {device: _kernel(op, device, key) for device, key in devices.items()} for op in _ops
     }
+
+
+def _kernel(op: str, device: str, key: str) -> str:
+    if device == "cuda" and op in _triton:
+        return "Triton"
+    return "C++" if _has_kernel(f"{NAMESPACE}::{op}", key) else "reference"
 
 
 def isa() -> str:

@@ -4,6 +4,9 @@ import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton: its kernels run in Python then
+    os.environ["TRITON_INTERPRET"] = "1"
 from hypothesis import HealthCheck, settings
 
 from peftkern import _native

@@ -87,12 +87,13 @@ PEFTKERN_INLINE float largest(const T* weight, int64_t count) {
   return value;
 }
 
-// How many of the 15 thresholds lie below each lane: a binary search in four looks at the table.
+// How many of the 15 thresholds lie below each lane: a binary search in four looks at the table. What
+// is not a number lies above all.
 PEFTKERN_INLINE U code_of(F scaled, const Table& thresholds) {
   U code{};
   for (uint32_t step = 8; step; step /= 2) {
     const F threshold = Table::look_up(thresholds, code + (step - 1));
-    code += U(scaled > threshold) & step;
+    code += ~U(scaled <= threshold) & step;
   }
   return code;
 }

@@ -54,6 +54,7 @@ _dequantize_op = _native.define(
     lambda weight, layout, out: None,
     fallback.dequantize,
 )
+_native.register_triton("qlora", "dequantize")
 _linear_op = _native.define(
     "qlora_linear(Tensor x, Tensor[] weight, int[] layout, Tensor? bias, Tensor? lora_a, "
     "Tensor? lora_b, float scale, float dropout, Tensor? seed, Tensor? offsets, "
@@ -99,7 +100,7 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, down, dense, bias, lora_a, lora_b = ctx.saved_tensors
         buffers, layout, *rest = ctx.fixed
@@ -127,7 +128,7 @@ def _apply(
     offsets: Tensor | None = None, adapter: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     if dropout and lora_a is not None:
         seed = _seed(seed, x.device)

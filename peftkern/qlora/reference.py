@@ -33,7 +33,8 @@ def quantize(weight: Tensor, thresholds: Tensor, block_size: int) -> tuple[Tenso
     """-> packed uint8 `[ceil(n / 2), 1]`, absmax float32 `[ceil(n / block_size)]`.
 
     The element that comes first lies in the high nibble. A block whose largest magnitude has no
-    finite reciprocal is stored as zeros; one that holds a NaN keeps a NaN as its scale.
+    finite reciprocal is stored as zeros; one that holds a NaN keeps a NaN as its scale; infinity
+    over infinity is no number either, and takes the highest code.
     """
     flat = weight.detach().reshape(-1).float()
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
@@ -42,7 +43,7 @@ def quantize(weight: Tensor, thresholds: Tensor, block_size: int) -> tuple[Tenso
     zero = inverse.isinf()
     absmax = torch.where(zero, 0.0, absmax)
     scaled = padded * torch.where(zero, 0.0, inverse)[:, None]
-    codes = (scaled[..., None] > thresholds).sum(-1, dtype=torch.uint8).view(-1)
+    codes = (~(scaled[..., None] <= thresholds)).sum(-1, dtype=torch.uint8).view(-1)
     codes = codes[: flat.numel()]
     if codes.numel() % 2:
         zero_code = (thresholds < 0).sum(dtype=torch.uint8)
