@@ -13,7 +13,7 @@ PYTEST ?=
 
 BIN := $(abspath $(VENV))/bin
 INSTALL := $(BIN)/python -m pip install
-# Those of pyproject.toml but for torch: without isolation pip installs none of them.
+# Those of pyproject.toml: without isolation pip installs none of them.
 BUILD_REQUIREMENTS := 'setuptools>=77' 'cmake>=3.22' ninja 'pybind11>=2.12'
 EDITABLE := $(INSTALL) --no-build-isolation --check-build-dependencies --editable
 # The model is a package that wants a runtime of its own; its file is all that is needed.
@@ -54,19 +54,20 @@ format: $(VENV)/.test
 
 # The kernels alone: no torch, no Python.
 ctest: $(VENV)/.test
-	cmake -S . -B build/tests -G Ninja
+	cmake -S . -B build/tests -G Ninja -DPEFTKERN_WERROR=ON
 	cmake --build build/tests --target peftkern_tests
 	ctest --test-dir build/tests --output-on-failure
 
 ctest-sanitize: $(VENV)/.test
-	cmake -S . -B build/tests-sanitize -G Ninja -DPEFTKERN_SANITIZE=ON
+	cmake -S . -B build/tests-sanitize -G Ninja -DPEFTKERN_WERROR=ON -DPEFTKERN_SANITIZE=ON
 	cmake --build build/tests-sanitize --target peftkern_tests
 	ctest --test-dir build/tests-sanitize --output-on-failure
 
 # The ops from Python, in an interpreter that knows nothing of sanitizers: their runtime has to be
 # there first. Leaks are Python's own.
 pytest-sanitize: $(VENV)/.test
-	cmake -S . -B build/sanitize -G Ninja -DPEFTKERN_SANITIZE=ON -DPython_EXECUTABLE=$(BIN)/python \
+	cmake -S . -B build/sanitize -G Ninja -DPEFTKERN_WERROR=ON -DPEFTKERN_SANITIZE=ON \
+	  -DPython_EXECUTABLE=$(BIN)/python \
 	  -DPEFTKERN_TORCH=$$(python -c 'import os, torch; print(os.path.dirname(torch.__file__))')
 	cmake --build build/sanitize --target peftkern_ops
 	PEFTKERN_EXAMPLES=5 PEFTKERN_LIBRARY=build/sanitize/_ops.so ASAN_OPTIONS=detect_leaks=0 \

@@ -131,7 +131,13 @@ def _load() -> bool:
         return False
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
         raise ImportError(f"torch must be 2.11 or newer for peftkern, got {torch.__version__}")
-    torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    try:
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    except OSError as reason:  # its own text may fill a page with symbols, and names no remedy
+        raise ImportError(
+            f"{library} must be built for this machine and this torch ({torch.__version__}), got "
+            f"{str(reason).splitlines()[0]}: build peftkern again, from its source"
+        ) from None
     return True
 
 

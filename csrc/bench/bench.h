@@ -16,13 +16,15 @@ struct Table {
   void (*write)(uint64_t* buffer, int64_t words);
 };
 
-namespace baseline {
-extern const Table table;
-}
+#if defined(__x86_64__)
 namespace avx2 {
 extern const Table table;
 }
 namespace avx512 {
+extern const Table table;
+}
+#endif
+namespace baseline {
 extern const Table table;
 }
 
