@@ -1,6 +1,7 @@
 """Hands the build to CMake: CMakeLists.txt is its one description.
 
-What is missing for a build is said here in one sentence each, before CMake is asked.
+What is missing for a build is said here in one sentence each, before CMake is asked. This is
+setuptools' script and, for pyproject.toml, the build backend too: setuptools' own, but for torch.
 """
 
 import os
@@ -16,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.build_meta import *  # noqa: F403
 from setuptools.command.build_ext import build_ext
 
 OLDEST_TORCH = (2, 11)
@@ -47,9 +49,13 @@ def is_old(version):
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_TORCH
 
 
-def usable_torch():
+def get_requires_for_build_wheel(config_settings=None):
+    """What an isolated build has to install beside the `requires` of pyproject.toml."""
     folder = find_torch()
-    return folder is not None and not is_old(torch_version(folder))
+    return [NEED_TORCH] if folder is None or is_old(torch_version(folder)) else []
+
+
+get_requires_for_build_editable = get_requires_for_build_wheel
 
 
 def need_torch():
@@ -57,7 +63,9 @@ def need_torch():
     if folder is None:
         fail(f"torch must be installed, got none: pip install '{NEED_TORCH}'")
     if is_old(torch_version(folder)):
-        fail(f"torch must be 2.11 or newer, got {torch_version(folder)}: pip install '{NEED_TORCH}'")
+        fail(
+            f"torch must be 2.11 or newer, got {torch_version(folder)}: pip install '{NEED_TORCH}'"
+        )
     return folder
 
 
@@ -162,9 +170,8 @@ class CMakeBuild(build_ext):
         run(cmake, "--build", build, "--target", "peftkern_native", "--parallel", parallel)
 
 
-setup(
-    ext_modules=[Extension("peftkern._ops", []), Extension("peftkern._build", [])],
-    cmdclass={"build_ext": CMakeBuild},
-    # Asked for by an isolated build alone, which then installs it for itself.
-    setup_requires=[] if usable_torch() else [NEED_TORCH],
-)
+if __name__ == "__main__":  # which setuptools sets; the backend is imported
+    setup(
+        ext_modules=[Extension("peftkern._ops", []), Extension("peftkern._build", [])],
+        cmdclass={"build_ext": CMakeBuild},
+    )
