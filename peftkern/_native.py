@@ -126,17 +126,21 @@ def using_isa(name: str) -> Iterator[None]:
 
 def _load() -> bool:
     # Another build of the same library, such as one with sanitizers, may stand in.
-    library = Path(os.environ.get("PEFTKERN_LIBRARY", Path(__file__).parent / "_ops.so"))
+    chosen = os.environ.get("PEFTKERN_LIBRARY")
+    library = Path(chosen) if chosen else Path(__file__).parent / "_ops.so"
     if not library.exists():
+        if chosen:
+            raise ImportError(f"PEFTKERN_LIBRARY must name a file, got {chosen}")
         return False
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
         raise ImportError(f"torch must be 2.11 or newer for peftkern, got {torch.__version__}")
     try:
         torch.ops.load_library(library)  # type: ignore[no-untyped-call]
-    except OSError as reason:  # its own text may fill a page with symbols, and names no remedy
+    except OSError as error:  # the loader's own words fill a page and name no remedy
+        reason = str(error.__cause__ or error).splitlines()[0].removeprefix(f"{library}: ")
         raise ImportError(
             f"{library} must be built for this machine and this torch ({torch.__version__}), got "
-            f"{str(reason).splitlines()[0]}: build peftkern again, from its source"
+            f"'{reason}': build peftkern again, from its source"
         ) from None
     return True
 

@@ -209,5 +209,6 @@ def test_an_unloadable_library_is_one_sentence(tmp_path):
     )  # fmt: skip
     assert found.returncode == 1
     last = found.stderr.strip().splitlines()[-1]
-    assert re.match(r"ImportError: .*_ops\.so must be built for this machine .*, got ", last)
+    assert re.match(r"ImportError: .*_ops\.so must be built for .*, got '.+': build", last)
     assert "During handling" not in found.stderr and "OSError" not in found.stderr
+    assert found.stderr.count(str(library)) == 1, "the loader's own line names it again"
