@@ -1,6 +1,7 @@
 """Is every kernel of qlora the reference, on every instruction set that this machine has?"""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -189,3 +190,28 @@ def test_dropout_drops_the_same_elements_on_every_kernel(isa, dtype):
         seen = qlora.linear(x, zero, None, eye, eye, 1.0, p, seed) != 0
         assert torch.equal(seen, reference.dropout(x, p, torch.tensor([seed])) != 0)
         assert abs(seen.float().mean() - (1 - p)) < 0.1
+
+
+@pytest.mark.parametrize("shape", [(4, 96), (4, 80), (64, 48), (4, 32)])
+def test_blocks_that_straddle_rows(isa, shape):
+    """Here bitsandbytes reads the wrong scales on AVX-512."""
+    torch.manual_seed(0)
+    weight = qlora.quantize(torch.randn(shape) * torch.arange(1, shape[0] + 1)[:, None], "nf4", 64)
+    truth = fallback.dense(weight.buffers, weight.layout)[0]
+    assert torch.equal(weight.dequantize(), truth)
+    for inputs in (1, 40):
+        x = torch.randn(inputs, shape[1])
+        assert_as_good(qlora.linear(x, weight), reference.linear, x, truth)
+
+
+@given(columns=SIZES, block_size=st.sampled_from([16, 64]), dtype=st.sampled_from(DTYPES[:2]))
+def test_quantizing_twice_is_quantizing_once(isa, columns, block_size, dtype):
+    once = qlora.quantize(torch.randn(9, columns).to(dtype), "nf4", block_size)
+    again = qlora.quantize(once.dequantize(), "nf4", block_size)
+    assert torch.equal(again.dequantize(), once.dequantize())
+
+
+def test_values_are_linear_in_their_scale(isa):
+    weight = qlora.quantize(torch.randn(9, 64))
+    twice = replace(weight, absmax=2 * weight.absmax)
+    assert torch.equal(twice.dequantize(), 2 * weight.dequantize())

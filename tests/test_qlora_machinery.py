@@ -3,8 +3,10 @@
 import pytest
 import torch
 from samples import sample
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftkern import qlora
+from peftkern import QLoRALinear, qlora
 from peftkern.qlora import reference
 
 
@@ -103,3 +105,40 @@ def test_how_rows_are_split_does_not_change_few_rows(isa):
     for cut in range(1, 9):
         parts = torch.cat([qlora.linear(x[:cut], weight), qlora.linear(x[cut:], weight)])
         assert torch.equal(whole, parts)
+
+
+# Is it cheap to call?
+
+
+class Count(TorchDispatchMode):
+    """Calls that reach torch's dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def calls_of_a_step(layer, x):
+    layer.train()
+    layer(x).sum().backward()  # so that gradients are there to add to
+    with Count() as count:
+        layer(x).backward(torch.ones(len(x), 64))
+    return len(count.calls)
+
+
+def test_a_step_is_a_third_of_the_calls_of_peft_and_bitsandbytes():
+    bnb, peft = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")
+    linear = nn.Linear(64, 64, bias=False)
+    quantized = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
+    quantized.weight = bnb.nn.Params4bit(linear.weight.data, False, quant_type="nf4")
+    model = nn.Sequential(quantized.to("cpu"))
+    model.is_loaded_in_4bit = True
+    config = peft.LoraConfig(r=4, target_modules=["0"], lora_dropout=0.1)
+    theirs = peft.get_peft_model(model, config).base_model.model[0]
+    ours = QLoRALinear.from_linear(linear, r=4, base="nf4", lora_dropout=0.1)
+    x = torch.randn(8, 64, requires_grad=True)
+    assert 3 * calls_of_a_step(ours, x) <= calls_of_a_step(theirs, x)
