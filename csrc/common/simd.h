@@ -64,6 +64,8 @@ PEFTKERN_INLINE U load_first(const uint32_t* from, int64_t n) {
 PEFTKERN_INLINE F permute(F v, U index) { return _mm512_permutexvar_ps(__m512i(index), v); }
 // Past the caches, for what nobody reads soon. `to` lies on a multiple of 4 * W bytes.
 PEFTKERN_INLINE void stream(float* to, F v) { _mm512_stream_ps(to, v); }
+// Before another thread may read what was streamed.
+PEFTKERN_INLINE void end_stream() { _mm_sfence(); }
 
 // 16 floats, looked up by the low four bits of each lane.
 struct Table {
@@ -124,6 +126,7 @@ PEFTKERN_INLINE U load_first(const uint32_t* from, int64_t n) {
 }
 PEFTKERN_INLINE F permute(F v, U index) { return _mm256_permutevar8x32_ps(v, __m256i(index)); }
 PEFTKERN_INLINE void stream(float* to, F v) { _mm256_stream_ps(to, v); }
+PEFTKERN_INLINE void end_stream() { _mm_sfence(); }
 
 struct Table {
   F low, high;
@@ -192,6 +195,7 @@ PEFTKERN_INLINE F permute(F v, U index) {
   return out;
 }
 PEFTKERN_INLINE void stream(float* to, F v) { store(to, v); }
+PEFTKERN_INLINE void end_stream() {}
 
 struct Table {
   const float* values;

@@ -65,6 +65,7 @@ void dequantize(const Weight& weight, int64_t begin, int64_t end, bool past_cach
       begin = stop;
     }
   }
+  if (past_caches) end_stream();
 }
 
 template <typename T>
