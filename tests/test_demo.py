@@ -265,12 +265,20 @@ def test_rows_that_bitsandbytes_misreads_are_refused():
 
 
 def test_curves_that_differ_fail(folder, book, tmp_path, monkeypatch):
-    def disturbed(*_):
+    def disturbed(twin):
         return train.Result([0.0, 0.0], [1.0, 1.0], 1.0, 1.0, 1, True, 1)
 
-    monkeypatch.setattr(peers, "run_apart", disturbed)
+    monkeypatch.setattr(peers.Twin, "in_turn", lambda twin, progress: progress)
+    monkeypatch.setattr(peers.Twin, "result", disturbed)
     with pytest.raises(DemoFailed, match="loss curves must agree within"):
         run(Options(steps=2, text=book, model=folder, out=tmp_path, compare_peers=True, quiet=True))
+
+
+def test_a_twin_that_dies_is_status_1(folder, book, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(peers, "asdict", lambda recipe: {"unknown": 1})
+    arguments = ["demo", "--model", str(folder), "--text", str(book), "--out", str(tmp_path)]
+    assert cli.main([*arguments, "--steps", "2", "--quiet", "--compare-peers"]) == 1
+    assert "peft + bitsandbytes must finish its steps, got exit status 1" in capfd.readouterr().err
 
 
 def test_a_perplexity_that_does_not_fall_fails(folder, book, tmp_path, monkeypatch, capsys):
