@@ -85,7 +85,8 @@ def _train(
     model: nn.Module, data: Data, recipe: Recipe, options: Options, path: Path
 ) -> dict[str, Result]:
     parameters = peftkern.trainable_parameters(model)
-    progress = show.progress(OURS, recipe.steps, options.quiet)
+    name = f"{OURS} and {peers.NAME}" if options.compare_peers else OURS
+    progress = show.progress(name, recipe.steps, options.quiet)
     run = partial(train.run, model, parameters, data.train, data.held_out, recipe)
     if not options.compare_peers:
         return {OURS: run(progress)}
