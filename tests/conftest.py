@@ -13,11 +13,13 @@ from peftkern import _native
 
 if _native.loaded:  # without the compiled library there is nothing but the references to test
     os.environ["PEFTKERN_STRICT"] = "1"
+    # Outputs and scratch start as NaN, so that nothing unwritten can pass for a result.
+    torch.ops.peftkern.poison(True)
 
 if torch.cuda.is_available():  # what cuBLAS asks for before it is deterministic
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# Fills every fresh buffer with NaN too, those of at::empty included.
+# Fills torch's fresh buffers with NaN too, those of at::empty included.
 torch.use_deterministic_algorithms(True)
 
 # `isa` and monkeypatch hold for all examples of a test, which is what is meant here.

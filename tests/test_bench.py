@@ -1,9 +1,9 @@
 """The harness: it lets no cheat through, and what it says about time is what was planted."""
 
-import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +11,14 @@ from torch import Tensor
 from toy import honest, race, reference, sets, slightly_wrong
 
 from peftkern import bench
-from peftkern.bench import Contender, Inputs, Work, floors, footprint, table
+from peftkern.bench import (
+    Contender,
+    Inputs,
+    check,
+    harness,
+    table,
+    timing,
+)
 from peftkern.bench.statistics import Ratio, paired_ratio
 
 
@@ -80,11 +87,67 @@ CHEATS = [
 
 
 @pytest.mark.parametrize("cheat", CHEATS, ids=lambda cheat: cheat.__name__)
-def test_a_cheat_gets_no_time(cheat: Callable[..., Callable[..., object]]) -> None:
+def test_a_cheat_gets_no_time(
+    cheat: Callable[..., Callable[..., object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raced: set[str] = set()
+
+    def watched(contenders: Mapping[str, timing.Calls], *rest: Any) -> timing.Times:
+        raced.update(contenders)
+        return timing.interleave(contenders, *rest)
+
+    monkeypatch.setattr(harness, "interleave", watched)
     rows = {row.contender: row for row in race({"cheat": cheat, "late": honest})}
     assert rows["cheat"].status == "wrong" and rows["cheat"].note
     assert not rows["cheat"].seconds and rows["cheat"].ratio is None and rows["cheat"].rate is None
     assert rows["honest"].status == rows["late"].status == "ok", "the others are not to suffer"
+    assert ("cheat" in raced) == (cheat is works_until_timed), "checked first, then timed"
+
+
+def test_every_set_of_inputs_is_checked() -> None:
+    def wrong_for_one(weight: Tensor) -> Callable[[Tensor], Tensor]:
+        bad = torch.equal(weight, sets()[1].frozen[0])
+        return lambda x: reference(weight, x) + bad
+
+    rows = {row.contender: row for row in race({"cheat": wrong_for_one}, seed=0)}
+    assert rows["cheat"].status == "wrong"
+
+
+def test_many_small_errors_count_as_one_large_one_does() -> None:
+    truth = torch.ones(10_000, dtype=torch.float64)
+    plain = truth.float()
+    plain[0] += 1e-3
+    assert not check.objection((plain,), (truth,), (plain,), 2.0, 0.0)
+    spread = plain + 5e-4
+    assert "mean error" in check.objection((spread,), (truth,), (plain,), 2.0, 0.0)
+
+
+def test_rounds_give_all_the_same_inputs_in_an_order_of_their_own() -> None:
+    log: list[tuple[str, int]] = []
+    names = ("a", "b", "c", "d")
+
+    def calls(name: str) -> list[Callable[[], None]]:
+        # Slow enough to be called once a round, and not to be woken first.
+        def call(i: int) -> None:
+            time.sleep(timing.SLEEPY)
+            log.append((name, i))
+
+        return [partial(call, i) for i in range(3)]
+
+    plan = timing.Plan(rounds=4, min_rounds=4, seconds=0.0, round_seconds=1e-3)
+
+    def rounds(seed: int) -> list[list[tuple[str, int]]]:
+        log.clear()
+        contenders = {name: calls(name) for name in names}
+        timing.interleave(contenders, timing.Clock(torch.device("cpu")), plan, seed)
+        timed = log[len(names) :]
+        return [timed[i : i + len(names)] for i in range(0, len(timed), len(names))]
+
+    first = rounds(seed=7)
+    assert [{i for _, i in one} for one in first] == [{0}, {1}, {2}, {0}]
+    orders = [tuple(name for name, _ in one) for one in first]
+    assert all(sorted(order) == sorted(names) for order in orders) and len(set(orders)) > 1
+    assert first == rounds(seed=7) and first != rounds(seed=8)
 
 
 def test_weights_that_a_contender_changes_spoil_the_case() -> None:
@@ -183,63 +246,6 @@ def test_ratios_are_paired_by_round() -> None:
     assert Ratio(0.9, 0.8, 1.1).verdict() == "same"
     assert Ratio(1.2, 1.1, 1.3).verdict() == "slower"
     assert Ratio(1.2, 1.1, 1.3).verdict(noise=Ratio(1.0, 0.9, 1.15)) == "same"
-
-
-def test_floors_are_measured_beside_the_contenders() -> None:
-    size = 1 << 20
-    inputs = [Inputs((), (torch.rand(size),)) for _ in range(2)]
-    work = Work(read=4 * size, written=4 * size)
-    rows = bench.measure(
-        "toy", "copy", "4 MiB", {"clone": Contender(lambda: torch.clone)}, inputs, torch.clone,
-        baseline="clone", work=work, quick=True,
-    )  # fmt: skip
-    found = {row.contender: row for row in rows}
-    assert set(found) == {"clone", "floor: read", "floor: write"}
-    clone = found["clone"]
-    assert clone.floor and clone.share is not None and 0 < clone.share < 1.5
-    assert clone.peak_mib is not None and clone.peak_mib >= 4
-    assert clone.unit == found["floor: read"].unit == "GB/s"
-    assert len(clone.seconds) == len(found["floor: read"].seconds)
-
-
-def test_floor_kernels_touch_every_byte() -> None:
-    torch.manual_seed(0)
-    for words in (0, 1, 7, 8, 1000, 100_003):
-        buffer = torch.randint(-(2**62), 2**62, (words,))
-        assert int(floors.read(buffer.view(torch.uint8))) == int(buffer.sum())
-        guarded = torch.zeros(words + 2, dtype=torch.int64)
-        floors.write(guarded[1:-1].view(torch.uint8))
-        assert (guarded[1:-1].view(torch.uint8) == 0x3F).all()
-        assert guarded[0] == guarded[-1] == 0
-
-
-def test_footprint_counts_what_is_held_at_once() -> None:
-    x = torch.rand(1 << 20)
-
-    def call() -> Tensor:
-        y = x + x
-        z = y * x
-        del y
-        return z.relu_()  # two of 4 MiB were held at once; relu_ calls clamp_min_
-
-    call()
-    seen = footprint.footprint(call, torch.device("cpu"))
-    assert 8 <= seen.peak_mib < 12
-    assert (seen.allocations, seen.dispatched) == (2, 4)
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="counts pages on Linux only")
-def test_footprint_counts_what_threads_keep_between_calls() -> None:
-    kept = threading.local()
-
-    def call() -> Tensor:
-        if not hasattr(kept, "scratch"):
-            kept.scratch = bytearray(b"1") * (64 << 20)
-        return torch.zeros(1)
-
-    call()
-    peak = footprint.footprint(call, torch.device("cpu")).peak_mib
-    assert 63 <= peak < 80, "64, within what the system counts per core and adds up later"
 
 
 def test_measure_refuses() -> None:

@@ -1,7 +1,6 @@
 """The command line and the demo, on a model of a few thousand parameters."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,54 +57,6 @@ def book(tmp_path_factory):
         )
     )
     return path
-
-
-# The split
-
-
-def test_what_is_held_out_is_not_trained_on():
-    topics = text.read(None)
-    split = text.split(topics)
-    seen = {" ".join(p.split()) for t in split.train for p in text.paragraphs(t)}
-    unseen = {" ".join(p.split()) for t in split.held_out for p in text.paragraphs(t)}
-    assert seen and unseen and not seen & unseen
-    kept = sum(map(len, split.train)) + sum(map(len, split.held_out))
-    assert kept > 0.6 * sum(map(len, topics.values()))
-
-
-def test_the_split_is_the_same_in_every_process():
-    script = "from peftkern.demo import text; print(text.split(text.read(None)))"
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", script],
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            capture_output=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(outputs) == 1 and outputs.pop()
-
-
-def test_the_order_of_topics_does_not_matter():
-    topics = {f"topic {n}": f"text {n}" for n in range(20)}
-    assert text.split(topics) == text.split(dict(reversed(topics.items())))
-
-
-def test_every_text_has_something_to_hold_out(book, tmp_path):
-    split = text.split(text.read(book))
-    assert split.held_out and split.train
-    short = tmp_path / "short.txt"
-    short.write_text("one paragraph")
-    assert text.split(text.read(short)).held_out == ["one paragraph"]
-
-
-def test_every_window_comes_once_before_any_comes_again():
-    windows = torch.arange(10).view(10, 1)
-    recipe = train.Recipe(steps=5, batch=4)
-    order = torch.cat(list(train.batches(windows, recipe))).flatten()
-    assert sorted(order[:10].tolist()) == sorted(order[10:].tolist()) == list(range(10))
-    assert torch.equal(order, torch.cat(list(train.batches(windows, recipe))).flatten())
 
 
 # The command line
@@ -265,12 +216,20 @@ def test_rows_that_bitsandbytes_misreads_are_refused():
 
 
 def test_curves_that_differ_fail(folder, book, tmp_path, monkeypatch):
-    def disturbed(*_):
+    def disturbed(twin):
         return train.Result([0.0, 0.0], [1.0, 1.0], 1.0, 1.0, 1, True, 1)
 
-    monkeypatch.setattr(peers, "run_apart", disturbed)
+    monkeypatch.setattr(peers.Twin, "in_turn", lambda twin, progress: progress)
+    monkeypatch.setattr(peers.Twin, "result", disturbed)
     with pytest.raises(DemoFailed, match="loss curves must agree within"):
         run(Options(steps=2, text=book, model=folder, out=tmp_path, compare_peers=True, quiet=True))
+
+
+def test_a_twin_that_dies_is_status_1(folder, book, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(peers, "asdict", lambda recipe: {"unknown": 1})
+    arguments = ["demo", "--model", str(folder), "--text", str(book), "--out", str(tmp_path)]
+    assert cli.main([*arguments, "--steps", "2", "--quiet", "--compare-peers"]) == 1
+    assert "peft + bitsandbytes must finish its steps, got exit status 1" in capfd.readouterr().err
 
 
 def test_a_perplexity_that_does_not_fall_fails(folder, book, tmp_path, monkeypatch, capsys):

@@ -6,6 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -107,14 +111,22 @@ class Scratch {
     Block& block = blocks()[next()++];
     if (block.bytes < bytes) {
       block.memory.reset();  // before the new one is there, so that both never are
-      block.bytes = (bytes + 63) / 64 * 64;
-      block.memory.reset(std::aligned_alloc(64, static_cast<size_t>(block.bytes)));
+      const int64_t page = bytes >= kHugePage ? kHugePage : 64;
+      block.bytes = (bytes + page - 1) / page * page;
+      block.memory.reset(
+          std::aligned_alloc(static_cast<size_t>(page), static_cast<size_t>(block.bytes)));
+#if defined(__linux__)
+      if (page == kHugePage) madvise(block.memory.get(), block.bytes, MADV_HUGEPAGE);
+#endif
       STD_TORCH_CHECK(block.memory, "out of memory for ", block.bytes, " bytes");
     }
     return fresh(block.memory.get(), bytes);
   }
 
  private:
+  // A panel is written and read in strides; with small pages each stride misses the TLB.
+  static constexpr int64_t kHugePage = int64_t{2} << 20;
+
   struct Free {
     void operator()(void* memory) const { std::free(memory); }
   };

@@ -13,6 +13,12 @@
 #endif
 
 #define PEFTKERN_INLINE static inline __attribute__((always_inline))
+// On loops over an array of vectors: only once they are unrolled does the array live in registers.
+#if defined(__clang__)
+#define PEFTKERN_UNROLL _Pragma("unroll")
+#else
+#define PEFTKERN_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 namespace peftkern {
 
@@ -62,8 +68,15 @@ PEFTKERN_INLINE U load_first(const uint32_t* from, int64_t n) {
   return n >= W ? load_bits<U>(from) : U(_mm512_maskz_loadu_epi32(first(n), from));
 }
 PEFTKERN_INLINE F permute(F v, U index) { return _mm512_permutexvar_ps(__m512i(index), v); }
+// table[byte] for W bytes.
+PEFTKERN_INLINE F gather(const float* table, const uint8_t* bytes) {
+  const __m128i index = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+  return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(index), table, 4);
+}
 // Past the caches, for what nobody reads soon. `to` lies on a multiple of 4 * W bytes.
 PEFTKERN_INLINE void stream(float* to, F v) { _mm512_stream_ps(to, v); }
+// Before another thread may read what was streamed.
+PEFTKERN_INLINE void end_stream() { _mm_sfence(); }
 
 // 16 floats, looked up by the low four bits of each lane.
 struct Table {
@@ -123,7 +136,12 @@ PEFTKERN_INLINE U load_first(const uint32_t* from, int64_t n) {
   return U(_mm256_maskload_epi32(reinterpret_cast<const int*>(from), first(n)));
 }
 PEFTKERN_INLINE F permute(F v, U index) { return _mm256_permutevar8x32_ps(v, __m256i(index)); }
+PEFTKERN_INLINE F gather(const float* table, const uint8_t* bytes) {
+  const __m128i index = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+  return _mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(index), 4);
+}
 PEFTKERN_INLINE void stream(float* to, F v) { _mm256_stream_ps(to, v); }
+PEFTKERN_INLINE void end_stream() { _mm_sfence(); }
 
 struct Table {
   F low, high;
@@ -191,7 +209,13 @@ PEFTKERN_INLINE F permute(F v, U index) {
   for (int i = 0; i < W; ++i) out[i] = v[index[i] & (W - 1)];
   return out;
 }
+PEFTKERN_INLINE F gather(const float* table, const uint8_t* bytes) {
+  F v;
+  for (int i = 0; i < W; ++i) v[i] = table[bytes[i]];
+  return v;
+}
 PEFTKERN_INLINE void stream(float* to, F v) { store(to, v); }
+PEFTKERN_INLINE void end_stream() {}
 
 struct Table {
   const float* values;

@@ -63,12 +63,16 @@ class Base {
     return bf16 ? ScalarType::BFloat16 : sums;
   }
 
+  // Parts of rows are narrow, and often a power of two: so far apart, they would fall into the same
+  // few places of a cache.
+  int64_t panel_stride(int64_t width) const { return width == columns ? width : width + 16; }
+
   // W[expert, row_begin:row_end, column_begin:column_end] in this dtype; `memory` is used where it
   // does not lie there as such.
   Matrix panel(int64_t expert, int64_t row_begin, int64_t row_end, int64_t column_begin,
                int64_t column_end, ScalarType dtype, void* memory) const {
     const int64_t height = row_end - row_begin, width = column_end - column_begin;
-    const Matrix out = Matrix::dense(memory, dtype, height, width);
+    const Matrix out{static_cast<char*>(memory), dtype, height, width, panel_stride(width)};
     if (is_dense()) {
       const Matrix all = Matrix::of(weight_[0], experts * rows, columns);
       const Matrix part =
@@ -83,7 +87,7 @@ class Base {
         for (int64_t row = begin; row < end; ++row) {
           const int64_t first = (expert * rows + row_begin + row) * columns;
           typed.dequantize(codes, first + column_begin, first + column_end, false,
-                           to + row * width);
+                           to + row * out.row_stride);
         }
       });
     });

@@ -11,10 +11,19 @@ PEFTKERN_INLINE const float* scales(const Weight& weight, int64_t begin, int64_t
                                     float* buffer) {
   begin += weight.first_block;
   if (weight.absmax) return weight.absmax + begin;
-  for (int64_t b = 0; b < count; ++b) {
-    const float product =
-        weight.map[weight.codes[begin + b]] * weight.nested_absmax[(begin + b) / kNestedBlock];
-    buffer[b] = product + weight.offset;
+  for (int64_t b = 0; b < count;) {
+    // Up to W scales under one scale of theirs.
+    const int64_t i = begin + b, n = min(W, min(count - b, kNestedBlock - i % kNestedBlock));
+    const float nested = weight.nested_absmax[i / kNestedBlock];
+    if (n == W) {
+      store(buffer + b, gather(weight.map, weight.codes + i) * nested + weight.offset);
+    } else {
+      for (int64_t j = 0; j < n; ++j) {
+        const float product = weight.map[weight.codes[i + j]] * nested;
+        buffer[b + j] = product + weight.offset;
+      }
+    }
+    b += n;
   }
   return buffer;
 }
@@ -65,6 +74,7 @@ void dequantize(const Weight& weight, int64_t begin, int64_t end, bool past_cach
       begin = stop;
     }
   }
+  if (past_caches) end_stream();
 }
 
 template <typename T>
@@ -87,8 +97,8 @@ PEFTKERN_INLINE float largest(const T* weight, int64_t count) {
   return value;
 }
 
-// How many of the 15 thresholds lie below each lane: a binary search in four looks at the table. What
-// is not a number lies above all.
+// How many of the 15 thresholds lie below each lane: a binary search in four looks at the table.
+// What is not a number lies above all.
 PEFTKERN_INLINE U code_of(F scaled, const Table& thresholds) {
   U code{};
   for (uint32_t step = 8; step; step /= 2) {

@@ -64,6 +64,7 @@ PEFTKERN_INLINE uint32_t lane_place(uint32_t l) { return 8 * l; }
 
 PEFTKERN_INLINE void decode(const Decoder& d, U word, F* values) {
   constexpr int kShift[8] = {4, 0, 12, 8, 20, 16, 28, 24};
+  PEFTKERN_UNROLL
   for (int k = 0; k < 8; ++k) values[k] = Table::look_up(d.table, word >> kShift[k]);
 }
 
@@ -130,21 +131,26 @@ PEFTKERN_INLINE void one_row(const Weight& weight, const Decoder& decoder,
     __builtin_prefetch(reinterpret_cast<const char*>(packed + chunk * W) + kAhead);
     F value[8], part[M] = {};
     decode(decoder, word, value);
+    PEFTKERN_UNROLL
     for (int k = 0; k < 8; ++k) {
+      PEFTKERN_UNROLL
       for (int m = 0; m < M; ++m) {
         part[m] = fma(value[k], load(x + m * width + chunk * kChunk + k * W), part[m]);
       }
     }
     const F by = chunk_scale(chunk_scales, scale, blocks, chunk);
+    PEFTKERN_UNROLL
     for (int m = 0; m < M; ++m) total[m] = fma(by, part[m], total[m]);
   }
   // The low-rank term is one more stretch of the same sum.
   for (int64_t j = 0; io.lora_b && j < io.rank; j += W) {
     const F b = load_first(io.lora_b + n * io.rank + j, io.rank - j);
+    PEFTKERN_UNROLL
     for (int m = 0; m < M; ++m) {
       total[m] = fma(b, load_first(io.down + (input + m) * io.rank + j, io.rank - j), total[m]);
     }
   }
+  PEFTKERN_UNROLL
   for (int m = 0; m < M; ++m) {
     io.y[(input + m) * weight.rows + n] = sum(total[m]) + (io.bias ? io.bias[n] : 0.0f);
   }

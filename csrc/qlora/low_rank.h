@@ -17,25 +17,29 @@ PEFTKERN_INLINE void store_first(float* to, F v, int64_t n) {
   n >= W ? store(to, v) : store_some(to, v, n);
 }
 
-// R rows, V vectors of columns from column c on; the last vector may be cut short.
+// R rows, V vectors of columns from column c on; the last vector may be cut short to `rest` lanes.
 template <int R, int V>
 PEFTKERN_INLINE void product_block(const Product<float>& io, int64_t row, int64_t c) {
   F total[R][V] = {};
-  const float* x = io.x + row * io.x_row;
-  for (int64_t j = 0; j < io.depth; ++j) {
-    F p[V];
-    for (int v = 0; v < V; ++v) {
-      p[v] = load_first(io.p + j * io.p_row + c + v * W, io.columns - c - v * W);
-    }
+  const float *x = io.x + row * io.x_row, *p = io.p + c;
+  const int64_t x_row = io.x_row, depth = io.depth, rest = min(io.columns - c - (V - 1) * W, W);
+  for (int64_t j = 0; j < depth; ++j, x += io.x_column, p += io.p_row) {
+    F by[V];
+    PEFTKERN_UNROLL
+    for (int v = 0; v < V; ++v) by[v] = v + 1 < V ? load(p + v * W) : load_first(p + v * W, rest);
+    PEFTKERN_UNROLL
     for (int r = 0; r < R; ++r) {
-      const F by = splat(x[r * io.x_row + j * io.x_column]);
-      for (int v = 0; v < V; ++v) total[r][v] = fma(by, p[v], total[r][v]);
+      const F one = splat(x[r * x_row]);
+      PEFTKERN_UNROLL
+      for (int v = 0; v < V; ++v) total[r][v] = fma(one, by[v], total[r][v]);
     }
   }
+  PEFTKERN_UNROLL
   for (int r = 0; r < R; ++r) {
+    PEFTKERN_UNROLL
     for (int v = 0; v < V; ++v) {
       float* to = io.out + (row + r) * io.out_row + c + v * W;
-      const int64_t n = io.columns - c - v * W;
+      const int64_t n = v + 1 < V ? W : rest;
       const F sum = total[r][v] * io.scale;
       store_first(to, io.add ? load_first(to, n) + sum : sum, n);
     }
@@ -58,18 +62,33 @@ void product(const Product<float>& io) {
 }
 
 template <int R, int C>
+PEFTKERN_INLINE void dots_step(const float* x, int64_t x_row, const float* a, int64_t a_row,
+                               int64_t n, F (&total)[R][C]) {
+  F left[R];
+  PEFTKERN_UNROLL
+  for (int r = 0; r < R; ++r) left[r] = load_first(x + r * x_row, n);
+  PEFTKERN_UNROLL
+  for (int c = 0; c < C; ++c) {
+    const F right = load_first(a + c * a_row, n);
+    PEFTKERN_UNROLL
+    for (int r = 0; r < R; ++r) total[r][c] = fma(left[r], right, total[r][c]);
+  }
+}
+
+template <int R, int C>
 PEFTKERN_INLINE void dots_block(const Dots<float>& io, int64_t row, int64_t j) {
   F total[R][C] = {};
-  for (int64_t k = 0; k < io.columns; k += W) {
-    const int64_t n = io.columns - k;
-    F x[R];
-    for (int r = 0; r < R; ++r) x[r] = load_first(io.x + (row + r) * io.x_row + k, n);
-    for (int c = 0; c < C; ++c) {
-      const F a = load_first(io.a + (j + c) * io.columns + k, n);
-      for (int r = 0; r < R; ++r) total[r][c] = fma(x[r], a, total[r][c]);
-    }
+  const float *x = io.x + row * io.x_row, *a = io.a + j * io.columns;
+  const int64_t columns = io.columns, whole = columns / W * W;
+  for (int64_t k = 0; k < whole; k += W) {
+    dots_step<R, C>(x + k, io.x_row, a + k, columns, W, total);
   }
+  if (whole < columns) {
+    dots_step<R, C>(x + whole, io.x_row, a + whole, columns, columns - whole, total);
+  }
+  PEFTKERN_UNROLL
   for (int r = 0; r < R; ++r) {
+    PEFTKERN_UNROLL
     for (int c = 0; c < C; ++c) io.out[(row + r) * io.out_row + j + c] = sum(total[r][c]);
   }
 }

@@ -112,7 +112,7 @@ void panels(const Problem& p, const Run* first, const Run* last, const Matrix& g
   const int64_t column_bytes = std::max<int64_t>(1, p.base.rows * size_of(p.product));
   const int64_t width = std::min(
       k, p.base.is_dense() ? k : std::max<int64_t>(64, kPanelBytes / column_bytes / 64 * 64));
-  void* memory = scratch.take_bytes(width * column_bytes);
+  void* memory = scratch.take_bytes(p.base.rows * p.base.panel_stride(width) * size_of(p.product));
   const bool direct = grad_x.dtype == p.product;
   void* buffer = direct ? nullptr : scratch.take_bytes((end - begin) * width * size_of(p.product));
   for (int64_t column = 0; column < k; column += width) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,9 @@ def run(options: Options) -> None:
         peftkern.save_adapter(model, options.out / "initial-adapter")
 
     written = {"before": show.sample(model, tokenizer, data.prompt, recipe.seed)}
-    results = {OURS: _train(model, data, recipe, options)}
+    results = _train(model, data, recipe, options, path)
     written["after"] = show.sample(model, tokenizer, data.prompt, recipe.seed)
     peftkern.save_adapter(model, options.out / "adapter")
-    if options.compare_peers:
-        results[peers.NAME] = peers.run_apart(path, options, recipe)
 
     show.plot(results, options.out / "loss.png")
     _write(options.out, results, recipe, written)
@@ -82,10 +81,18 @@ def run(options: Options) -> None:
     _judge(results)
 
 
-def _train(model: nn.Module, data: Data, recipe: Recipe, options: Options) -> Result:
+def _train(
+    model: nn.Module, data: Data, recipe: Recipe, options: Options, path: Path
+) -> dict[str, Result]:
     parameters = peftkern.trainable_parameters(model)
-    progress = show.progress(OURS, recipe.steps, options.quiet)
-    return train.run(model, parameters, data.train, data.held_out, recipe, progress)
+    name = f"{OURS} and {peers.NAME}" if options.compare_peers else OURS
+    progress = show.progress(name, recipe.steps, options.quiet)
+    run = partial(train.run, model, parameters, data.train, data.held_out, recipe)
+    if not options.compare_peers:
+        return {OURS: run(progress)}
+    with peers.Twin(path, options, recipe) as twin:
+        ours = run(twin.in_turn(progress))
+        return {OURS: ours, peers.NAME: twin.result()}
 
 
 def _write(out: Path, results: dict[str, Result], recipe: Recipe, written: dict[str, str]) -> None:

@@ -1,0 +1,106 @@
+"""Does qlora refuse what it cannot do, naming the argument, before anything is written?"""
+
+import pytest
+import torch
+from samples import sample
+
+from peftkern import _native, qlora
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"x": torch.ones(3, 32, dtype=torch.int32)}, TypeError, "x must be float32"),
+        ({"x": torch.ones(3, 31)}, ValueError, r"x must have shape \[..., 32\], got \[3, 31\]"),
+        ({"x": torch.ones(())}, ValueError, "x must have shape"),
+        ({"x": torch.ones(3, 32, device="meta")}, ValueError, "weight must be on meta, got cpu"),
+        ({"weight": "nf4"}, TypeError, "weight must be a Tensor or a QuantizedWeight, got str"),
+        ({"weight": torch.ones(8, 32).int()}, TypeError, "weight must be float32"),
+        ({"weight": torch.ones(32, 8).t()}, ValueError, "weight must be contiguous"),
+        ({"weight": torch.ones(2, 8, 32)}, ValueError, r"\[out, in\]; expert_linear takes experts"),
+        ({"bias": torch.ones(7)}, ValueError, r"bias must have shape \[8\], got \[7\]"),
+        ({"bias": torch.ones(8).int()}, TypeError, "bias must be float32"),
+        ({"lora_a": None}, ValueError, "must come together, got only lora_b"),
+        ({"lora_b": None}, ValueError, "must come together, got only lora_a"),
+        ({"lora_a": torch.ones(2, 31)}, ValueError, r"lora_a must have shape \[2, 32\]"),
+        ({"lora_a": torch.ones(32)}, ValueError, "lora_a must have shape"),
+        (
+            {"lora_a": torch.ones(0, 32), "lora_b": torch.ones(8, 0)},
+            ValueError,
+            "rank of at least 1, got 0",
+        ),
+        ({"lora_a": torch.ones(32, 2).t()}, ValueError, "lora_a must be contiguous"),
+        ({"lora_b": torch.ones(8, 3)}, ValueError, r"lora_b must have shape \[8, 2\]"),
+        ({"dropout": 1.5}, ValueError, "dropout must be between 0 and 1, got 1.5"),
+        ({"dropout": -0.1}, ValueError, "dropout must be between 0 and 1"),
+        ({"dropout": 0.5, "seed": torch.ones(1)}, TypeError, "seed must be int64"),
+        ({"dropout": 0.5, "seed": torch.ones(2).long()}, ValueError, r"seed must have shape \[1\]"),
+    ],
+)
+def test_linear_refuses(change, error, match):
+    x, weight, bias, lora_a, lora_b = sample(8, 32, 3, 2)
+    given = dict(x=x, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b) | change
+    with pytest.raises(error, match=match):
+        qlora.linear(**given)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"x": torch.ones(1, 3, 32)}, ValueError, r"x must have shape \[rows, in\]"),
+        ({"weight": torch.ones(8, 32)}, ValueError, r"weight must have shape \[experts, out, in\]"),
+        ({"offsets": torch.tensor([0, 3])}, ValueError, r"offsets must have shape \[3\]"),
+        ({"offsets": torch.tensor([0, 1, 3]).int()}, TypeError, "offsets must be int64"),
+        ({"offsets": torch.tensor([0, 4, 3])}, ValueError, "offsets must rise from 0 to 3"),
+        ({"offsets": torch.tensor([0, 1, 2])}, ValueError, "offsets must rise from 0 to 3"),
+        ({"adapter": torch.tensor([0, 0, 2]).int()}, IndexError, r"adapter must lie in \[-1, 2\)"),
+        ({"adapter": torch.tensor([0, 0, -2]).int()}, IndexError, "got -2 to 0"),
+        ({"adapter": torch.tensor([0, 0, 1])}, TypeError, "adapter must be int32"),
+        ({"lora_a": torch.ones(3, 2, 32), "lora_b": torch.ones(3, 8, 2)}, ValueError, "2 experts"),
+    ],
+)
+def test_expert_linear_refuses(change, error, match):
+    x, weight, bias, lora_a, lora_b = sample(8, 32, 3, 2, experts=2)
+    given = dict(x=x, weight=weight, offsets=torch.tensor([0, 1, 3]), bias=bias)
+    with pytest.raises(error, match=match):
+        qlora.expert_linear(**given | dict(lora_a=lora_a, lora_b=lora_b) | change)
+
+
+def test_quantize_and_dequantize_refuse():
+    w = torch.ones(4, 32)
+    with pytest.raises(TypeError, match="weight must be float32"):
+        qlora.quantize(w.int())
+    with pytest.raises(ValueError, match="format must be one of nf4, got 'nf5'"):
+        qlora.quantize(w, "nf5")
+    with pytest.raises(ValueError, match="block_size must be one of .* got 48"):
+        qlora.quantize(w, block_size=48)
+    weight = qlora.quantize(w)
+    with pytest.raises(TypeError, match="weight must be a QuantizedWeight, got Tensor"):
+        qlora.dequantize(w)
+    with pytest.raises(TypeError, match="out must be float32"):
+        qlora.dequantize(weight, torch.int32)
+    with pytest.raises(ValueError, match=r"out must have shape \[4, 32\]"):
+        qlora.dequantize(weight, out=torch.empty(32, 4))
+    with pytest.raises(ValueError, match="out must be contiguous"):
+        qlora.dequantize(weight, out=torch.empty(32, 4).t())
+
+
+@pytest.mark.skipif(not _native.loaded, reason="needs the compiled library")
+def test_a_raw_op_cannot_leave_its_memory():
+    """Under the public checks lies a net of its own."""
+    x, weight, bias, lora_a, lora_b = sample(8, 32, 3, 2)
+    op, buffers, layout = torch.ops.peftkern.qlora_linear, weight.buffers, weight.layout
+    rest = [0.5, 0.0, None, None, None]
+    for bad in (
+        (x[:, :31].contiguous(), buffers, layout, bias, lora_a, lora_b, *rest),
+        (x.t(), buffers, layout, bias, lora_a, lora_b, *rest),
+        (x, buffers, [1, 9, 32, 64], bias, lora_a, lora_b, *rest),
+        (x, buffers[:1], layout, bias, lora_a, lora_b, *rest),
+        (x, buffers, layout, bias[:7], lora_a, lora_b, *rest),
+        (x, buffers, layout, bias, lora_a, lora_b[:7], *rest),
+        (x, buffers, layout, bias, lora_a, None, *rest),
+        (x, buffers, layout, bias, lora_a, lora_b, 0.5, 0.5, None, None, None),
+        (x, buffers, layout, bias, lora_a, lora_b, *rest[:3], torch.tensor([0, 9]), None),
+    ):
+        with pytest.raises(RuntimeError):
+            op(*bad)
