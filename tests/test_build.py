@@ -18,8 +18,8 @@ from peftkern import _native
 ROOT = Path(__file__).parent.parent
 LIBRARY = Path(os.environ.get("PEFTKERN_LIBRARY", Path(peftkern.__file__).parent / "_ops.so"))
 SOURCES = [
-    "CMakeLists.txt", "LICENSE", "MANIFEST.in", "Makefile", "pyproject.toml", "setup.py",
-    "peftkern/py.typed",
+    "CMakeLists.txt", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md",
+    "pyproject.toml", "setup.py", "peftkern/py.typed",
 ]  # fmt: skip
 SUFFIXES = {".py", ".h", ".cpp", ".cu"}
 
