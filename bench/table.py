@@ -80,7 +80,10 @@ def _print(title: str, headings: Sequence[str], lines: Sequence[Sequence[str]]) 
     table = Table(*headings, title=title, title_justify="left")
     for line in lines:
         table.add_row(*line)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a file has room for whole words
+        console.width = 200
+    console.print(table)
 
 
 def markdown(rows: Sequence[Row]) -> str:

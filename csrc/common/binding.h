@@ -92,12 +92,17 @@ inline Tensor empty_as(const Tensor& tensor) {
   return empty({tensor.sizes().begin(), tensor.sizes().end()}, tensor.scalar_type());
 }
 
-// Memory for the length of one op. Kept by the thread from call to call, since fresh pages cost
-// more than the work that is done in them.
+// Memory for the length of one op. Up to a size, the thread keeps it from call to call, since fresh
+// pages cost more than the work that is done in them.
 class Scratch {
  public:
   Scratch() : first_(next()) {}
-  ~Scratch() { next() = first_; }
+  ~Scratch() {
+    for (size_t i = first_; i < next(); ++i) {
+      if (blocks()[i].bytes > kKept) blocks()[i] = {};
+    }
+    next() = first_;
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
@@ -110,15 +115,15 @@ class Scratch {
     if (next() == blocks().size()) blocks().emplace_back();
     Block& block = blocks()[next()++];
     if (block.bytes < bytes) {
-      block.memory.reset();  // before the new one is there, so that both never are
-      const int64_t page = bytes >= kHugePage ? kHugePage : 64;
-      block.bytes = (bytes + page - 1) / page * page;
-      block.memory.reset(
-          std::aligned_alloc(static_cast<size_t>(page), static_cast<size_t>(block.bytes)));
+      block = {};  // before the new one is there, so that both never are
+      const int64_t page = bytes >= kHugePage ? kHugePage : 64,
+                    size = (bytes + page - 1) / page * page;
+      block.memory.reset(std::aligned_alloc(static_cast<size_t>(page), static_cast<size_t>(size)));
+      STD_TORCH_CHECK(block.memory, "out of memory for ", size, " bytes");
+      block.bytes = size;
 #if defined(__linux__)
-      if (page == kHugePage) madvise(block.memory.get(), block.bytes, MADV_HUGEPAGE);
+      if (page == kHugePage) madvise(block.memory.get(), static_cast<size_t>(size), MADV_HUGEPAGE);
 #endif
-      STD_TORCH_CHECK(block.memory, "out of memory for ", block.bytes, " bytes");
     }
     return fresh(block.memory.get(), bytes);
   }
@@ -126,6 +131,7 @@ class Scratch {
  private:
   // A panel is written and read in strides; with small pages each stride misses the TLB.
   static constexpr int64_t kHugePage = int64_t{2} << 20;
+  static constexpr int64_t kKept = int64_t{64} << 20;
 
   struct Free {
     void operator()(void* memory) const { std::free(memory); }

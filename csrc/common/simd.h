@@ -99,6 +99,11 @@ PEFTKERN_INLINE void pack(uint8_t* to, U code) {
   const U64 pairs = U64(code) << 4 | U64(code) >> 32;
   _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm512_cvtepi64_epi8(__m512i(pairs)));
 }
+// code + step where v is not at most this; what is no number counts as above.
+PEFTKERN_INLINE U step_up(U code, uint32_t step, F v, F threshold) {
+  const __mmask16 above = _mm512_cmp_ps_mask(v, threshold, _CMP_NLE_UQ);
+  return U(_mm512_mask_add_epi32(__m512i(code), above, __m512i(code), __m512i(splat(step))));
+}
 // The 64-bit products of the even lanes.
 PEFTKERN_INLINE U64 multiply_even(U a, U b) {
   return U64(_mm512_mul_epu32(__m512i(a), __m512i(b)));
@@ -288,6 +293,12 @@ PEFTKERN_INLINE void narrow(uint16_t* to, U v) {
   for (int i = 0; i < W; ++i) to[i] = static_cast<uint16_t>(v[i]);
 }
 
+#endif
+
+#if !defined(__AVX512F__)
+PEFTKERN_INLINE U step_up(U code, uint32_t step, F v, F threshold) {
+  return code + (~U(v <= threshold) & step);
+}
 #endif
 
 PEFTKERN_INLINE F load(const bf16* from) { return F(widen(&from->bits) << 16); }

@@ -73,8 +73,6 @@ PEFTKERN_INLINE void decode(const Decoder& d, U word, F* values) {
 // How far ahead of the codes in use memory is asked for: rows follow one another, but the hardware
 // asks for a new page only once it is touched.
 inline constexpr int64_t kAhead = 2048;
-inline constexpr int64_t kMostScales = 1024;
-
 int64_t interleaved_width(int64_t columns) { return (columns + kChunk - 1) / kChunk * kChunk; }
 
 // out[chunk][k][l] = x[chunk * kChunk + kPlace[k] + lane_place(l)], zeros behind the end.
@@ -89,56 +87,65 @@ void interleave(const float* x, int64_t columns, float* out) {
   }
 }
 
-// The scale of each lane of a chunk. Lanes behind the row's end get zero: a row is whole blocks.
-struct ChunkScales {
-  int64_t per_chunk;  // scales in a chunk; 0 where a block is longer than a chunk
-  int64_t chunks_per_block;
-  U index;
-
-  explicit ChunkScales(int64_t block)
-      : per_chunk(kChunk / block), chunks_per_block(block / kChunk), index{} {
-    for (uint32_t l = 0; l < W; ++l) index[l] = lane_place(l) / static_cast<uint32_t>(block);
-  }
-};
-
-PEFTKERN_INLINE F chunk_scale(const ChunkScales& s, const float* scales, int64_t count,
-                              int64_t chunk) {
-  if (s.per_chunk <= 1) return splat(scales[chunk / (s.per_chunk ? 1 : s.chunks_per_block)]);
-  const int64_t first = chunk * s.per_chunk;
-  return permute(load_first(scales + first, min(s.per_chunk, count - first)), s.index);
-}
+// A tile of rows stays in the cache while every row of x passes, and its scales are decoded once.
+inline constexpr int64_t kTile = 16;
+inline constexpr int64_t kTileScales = 4096;
 
 bool serves_few_rows(const Weight& weight) {
   return weight.columns % weight.block == 0 && weight.block >= kLeastBlock &&
-         weight.columns / weight.block <= kMostScales;
+         weight.columns / weight.block <= kTileScales;
 }
 
-// One row of W times M rows of x.
+// What all rows have in common.
+struct Plan {
+  Decoder decoder;
+  int64_t width;             // of a row of x
+  int64_t words;             // of 8 codes, in a row
+  int64_t blocks;            // in a row
+  int64_t per_chunk;         // scales in a chunk; 0 where a block is longer than a chunk
+  int64_t chunks_per_block;  // 0 where it is shorter
+  U index;                   // which of a chunk's scales a lane takes
+
+  explicit Plan(const Weight& weight)
+      : decoder(weight.codebook),
+        width(interleaved_width(weight.columns)),
+        words(weight.columns / 8),
+        blocks(weight.columns / weight.block),
+        per_chunk(kChunk / weight.block),
+        chunks_per_block(weight.block / kChunk),
+        index{} {
+    for (uint32_t l = 0; l < W; ++l) index[l] = lane_place(l) / static_cast<uint32_t>(weight.block);
+  }
+};
+
+// The scale of each lane. Lanes behind the row's end get zero: a row is whole blocks.
+PEFTKERN_INLINE F chunk_scale(const Plan& plan, const float* scales, int64_t chunk) {
+  if (plan.per_chunk == 0) return splat(scales[chunk / plan.chunks_per_block]);
+  const int64_t first = chunk * plan.per_chunk;
+  if (plan.per_chunk == 1) return splat(scales[first]);
+  const int64_t count = min(plan.per_chunk, plan.blocks - first);
+  return permute(load_first(scales + first, count), plan.index);
+}
+
+// Row n of W, whose codes and scales are given, times M rows of x.
 template <int M>
-PEFTKERN_INLINE void one_row(const Weight& weight, const Decoder& decoder,
-                             const ChunkScales& chunk_scales, const FewRows& io, int64_t input,
-                             int64_t n) {
-  const int64_t width = interleaved_width(weight.columns), blocks = weight.columns / weight.block;
-  const int64_t words = weight.columns / 8;
-  const uint32_t* packed =
-      reinterpret_cast<const uint32_t*>(weight.packed + n * weight.columns / 2);
-  float buffer[kMostScales];
-  const float* scale = scales(weight, n * blocks, blocks, buffer);
-  const float* x = io.x + input * width;
+PEFTKERN_INLINE void one_row(const Plan& plan, const uint32_t* packed, const float* scales,
+                             const FewRows& io, int64_t input, int64_t n, int64_t rows) {
+  const float* x = io.x + input * plan.width;
   F total[M] = {};
-  for (int64_t chunk = 0; chunk * W < words; ++chunk) {
-    const U word = load_first(packed + chunk * W, words - chunk * W);
+  for (int64_t chunk = 0; chunk * W < plan.words; ++chunk) {
+    const U word = load_first(packed + chunk * W, plan.words - chunk * W);
     __builtin_prefetch(reinterpret_cast<const char*>(packed + chunk * W) + kAhead);
     F value[8], part[M] = {};
-    decode(decoder, word, value);
+    decode(plan.decoder, word, value);
     PEFTKERN_UNROLL
     for (int k = 0; k < 8; ++k) {
       PEFTKERN_UNROLL
       for (int m = 0; m < M; ++m) {
-        part[m] = fma(value[k], load(x + m * width + chunk * kChunk + k * W), part[m]);
+        part[m] = fma(value[k], load(x + m * plan.width + chunk * kChunk + k * W), part[m]);
       }
     }
-    const F by = chunk_scale(chunk_scales, scale, blocks, chunk);
+    const F by = chunk_scale(plan, scales, chunk);
     PEFTKERN_UNROLL
     for (int m = 0; m < M; ++m) total[m] = fma(by, part[m], total[m]);
   }
@@ -152,33 +159,38 @@ PEFTKERN_INLINE void one_row(const Weight& weight, const Decoder& decoder,
   }
   PEFTKERN_UNROLL
   for (int m = 0; m < M; ++m) {
-    io.y[(input + m) * weight.rows + n] = sum(total[m]) + (io.bias ? io.bias[n] : 0.0f);
+    io.y[(input + m) * rows + n] = sum(total[m]) + (io.bias ? io.bias[n] : 0.0f);
   }
 }
 
 template <int M>
-PEFTKERN_INLINE void rows_of(const Weight& weight, const Decoder& decoder, const ChunkScales& s,
+PEFTKERN_INLINE void tile_of(const Plan& plan, const Weight& weight, const float* scales,
                              const FewRows& io, int64_t input, int64_t begin, int64_t end) {
-  for (int64_t n = begin; n < end; ++n) one_row<M>(weight, decoder, s, io, input, n);
+  const uint32_t* packed =
+      reinterpret_cast<const uint32_t*>(weight.packed + begin * weight.columns / 2);
+  for (int64_t n = begin; n < end; ++n, packed += plan.words, scales += plan.blocks) {
+    one_row<M>(plan, packed, scales, io, input, n, weight.rows);
+  }
 }
 
 void few_rows(const Weight& weight, const FewRows& io, int64_t begin, int64_t end) {
-  constexpr int64_t kTile = 16;  // rows of W that stay in the cache while every row of x passes
-  const Decoder decoder(weight.codebook);
-  const ChunkScales s(weight.block);
-  for (int64_t n = begin; n < end; n += kTile) {
-    const int64_t stop = min(n + kTile, end);
+  const Plan plan(weight);
+  const int64_t tile = min(kTile, kTileScales / plan.blocks);
+  float buffer[kTileScales];
+  for (int64_t n = begin; n < end; n += tile) {
+    const int64_t stop = min(n + tile, end);
+    const float* by = scales(weight, n * plan.blocks, (stop - n) * plan.blocks, buffer);
     int64_t input = 0;
-    for (; input + 4 <= io.inputs; input += 4) rows_of<4>(weight, decoder, s, io, input, n, stop);
+    for (; input + 4 <= io.inputs; input += 4) tile_of<4>(plan, weight, by, io, input, n, stop);
     switch (io.inputs - input) {
       case 1:
-        rows_of<1>(weight, decoder, s, io, input, n, stop);
+        tile_of<1>(plan, weight, by, io, input, n, stop);
         break;
       case 2:
-        rows_of<2>(weight, decoder, s, io, input, n, stop);
+        tile_of<2>(plan, weight, by, io, input, n, stop);
         break;
       case 3:
-        rows_of<3>(weight, decoder, s, io, input, n, stop);
+        tile_of<3>(plan, weight, by, io, input, n, stop);
         break;
     }
   }

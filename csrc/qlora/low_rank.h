@@ -54,11 +54,22 @@ PEFTKERN_INLINE void product_columns(const Product<float>& io, int64_t c) {
   for (; row < io.rows; ++row) product_block<1, V>(io, row, c);
 }
 
+// A long sum is a sum of short ones: an error that grows with the length of each alone.
 void product(const Product<float>& io) {
-  int64_t c = 0;
-  for (; c + 3 * W < io.columns; c += 4 * W) product_columns<4>(io, c);
-  for (; c + W < io.columns; c += 2 * W) product_columns<2>(io, c);
-  for (; c < io.columns; c += W) product_columns<1>(io, c);
+  constexpr int64_t kLength = 256;
+  int64_t j = 0;
+  do {
+    Product<float> part = io;
+    part.x += j * io.x_column;
+    part.p += j * io.p_row;
+    part.depth = min(io.depth - j, kLength);
+    part.add = io.add || j > 0;
+    int64_t c = 0;
+    for (; c + 3 * W < io.columns; c += 4 * W) product_columns<4>(part, c);
+    for (; c + W < io.columns; c += 2 * W) product_columns<2>(part, c);
+    for (; c < io.columns; c += W) product_columns<1>(part, c);
+    j += kLength;
+  } while (j < io.depth);
 }
 
 template <int R, int C>

@@ -44,7 +44,7 @@ void few_rows(const Problem& p, const Run& run, const Matrix& down, const Matrix
     io.down = scaled;
     io.lora_b = static_cast<float*>(as_dtype(p.b_of(run.adapter), f32, scratch).at(0, 0));
   }
-  parallel(p.base.rows, inputs * p.base.columns / 8,
+  parallel(p.base.rows, inputs * p.base.columns / 4,
            [&](int64_t begin, int64_t end) { kernels().few_rows(weight, io, begin, end); });
   if (!direct) convert(Matrix::dense(io.y, f32, inputs, y.columns), target);
 }
