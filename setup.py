@@ -30,14 +30,18 @@ def find_torch():
 
     An isolated build does not see what is installed beside pip. Only headers and the name of one
     library are needed of torch, so the installed one is used all the same: another would be a
-    download of some gigabytes. Without isolation the import path alone counts.
+    download of some gigabytes.
     """
     spec = find_spec("torch")
     here = [Path(spec.origin).parent] if spec and spec.origin else []
-    folders = (sysconfig.get_path("platlib"), site.getusersitepackages())
-    beside = [Path(folder, "torch") for folder in folders]
-    found = (folder for folder in here + beside if (folder / "version.py").exists())
-    return next(found, None)
+    base = {"base": sys.base_prefix, "platbase": sys.base_prefix}  # outside a virtual environment
+    beside = (
+        sysconfig.get_path("platlib"),
+        site.getusersitepackages(),
+        sysconfig.get_path("platlib", vars=base),
+    )
+    folders = here + [Path(folder, "torch") for folder in beside]
+    return next((folder for folder in folders if (folder / "version.py").exists()), None)
 
 
 def torch_version(folder):

@@ -148,7 +148,7 @@ def a_torch(folder, version):
 def only_torch(script, monkeypatch, folder):
     """As in an isolated build: nothing to import, and `folder` the packages beside pip."""
     monkeypatch.setattr(script, "find_spec", lambda name: None)
-    monkeypatch.setattr(script.sysconfig, "get_path", lambda name: str(folder))
+    monkeypatch.setattr(script.sysconfig, "get_path", lambda *name, **base: str(folder))
     monkeypatch.setattr(script.site, "getusersitepackages", lambda: str(folder / "none"))
 
 
