@@ -1,7 +1,7 @@
 """Rows as a table: in the terminal, and in the README from a committed results file.
 
-python -m peftkern.bench.table RESULTS.json           prints
-python -m peftkern.bench.table RESULTS.json README.md puts it between the README's two marks
+python -m peftkern.bench.table RESULTS.json...           prints
+python -m peftkern.bench.table RESULTS.json... README.md puts it between the README's two marks
 """
 
 from __future__ import annotations
@@ -116,12 +116,12 @@ def write_readme(rows: Sequence[Row], readme: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    if len(arguments) == 1:
-        show(load(Path(arguments[0])))
-    elif len(arguments) == 2:
-        write_readme(load(Path(arguments[0])), Path(arguments[1]))
-    else:
+    results = [Path(argument) for argument in arguments if argument.endswith(".json")]
+    others = [Path(argument) for argument in arguments if not argument.endswith(".json")]
+    if not results or len(others) > 1:
         sys.exit((__doc__ or "").strip())
+    rows = [row for path in results for row in load(path)]
+    write_readme(rows, others[0]) if others else show(rows)
 
 
 if __name__ == "__main__":

@@ -103,19 +103,3 @@ def test_a_second_derivative_is_refused():
     )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
-
-
-def test_long_sums_lose_no_more_than_plain_torch(isa):
-    """t = g B runs over all outputs, the gradient of A over all rows of x."""
-    x, weight, *parameters = sample(4096, 32, 512, 4)
-    grad = torch.randn(512, 4096)
-
-    def of_a(fn, x, w, bias, lora_a, lora_b, grad):
-        leaf = lora_a.detach().requires_grad_()
-        return torch.autograd.grad(fn(x, w, bias, leaf, lora_b, 0.5), leaf, grad)[0]
-
-    assert_as_good(
-        of_a(qlora.linear, x, weight, *parameters, grad),
-        lambda *args: of_a(reference.linear, *args),
-        x, weight.dequantize(), *parameters, grad,
-    )  # fmt: skip

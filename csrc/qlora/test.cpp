@@ -199,6 +199,15 @@ void product_and_dots_are_matrix_products() {
   }
 }
 
+void a_long_sum_is_a_sum_of_short_ones() {
+  const int64_t depth = 1 << 16;  // one running sum of as many tenths is off by a ten-thousandth
+  const std::vector<float> tenths(depth, 0.1f), ones(depth, 1.0f);
+  float out;
+  kernels().sums_f32.product(
+      {ones.data(), depth, 1, tenths.data(), 1, &out, 1, 1, depth, 1, 1, false});
+  EXPECT(std::fabs(out / (double{0.1f} * depth) - 1) < 2e-5);
+}
+
 void sixteen_bit_floats_round_to_nearest_even() {
   const float from[] = {1, 1.0f + 0x1p-8f, 1.0f + 0x3p-8f, INFINITY, -0.0f};
   peftkern::bf16 to[5];
@@ -228,6 +237,7 @@ int main() {
     RUN(few_rows_are_the_product_with_the_dense_weight);
     RUN(dropout_depends_on_the_place_alone);
     RUN(product_and_dots_are_matrix_products);
+    RUN(a_long_sum_is_a_sum_of_short_ones);
     RUN(sixteen_bit_floats_round_to_nearest_even);
   }
 }
