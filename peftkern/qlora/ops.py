@@ -1,8 +1,7 @@
 """qlora's index: schema, fake and gradient of every op, and the functions that users call.
 
 A weight reaches an op as its tensors (`QuantizedWeight.buffers`, or the one dense tensor) and its
-layout `[experts, rows, columns, block size]` (block size 0: dense). So a new format or a new
-grouping needs a kernel, never a new schema.
+layout `[experts, rows, columns, block size]` (0: dense). So a new format needs no new schema.
 """
 
 from __future__ import annotations
@@ -104,21 +103,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, down, dense, bias, lora_a, lora_b = ctx.saved_tensors
         buffers, layout, *rest = ctx.fixed
+        weight = [dense] if dense is not None else buffers
         needs = ctx.needs_input_grad[:5]
-        grads = iter(
-            _linear_bwd_op(
-                grad.contiguous(),
-                x,
-                down,
-                buffers or [dense],
-                layout,
-                bias,
-                lora_a,
-                lora_b,
-                *rest,
-                needs,
-            )  # fmt: skip
-        )
+        others = (x, down, weight, layout, bias, lora_a, lora_b, *rest, needs)
+        grads = iter(_linear_bwd_op(grad.contiguous(), *others))
         return *[next(grads) if need else None for need in needs], None
 
 
@@ -181,9 +169,8 @@ def quantize(
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
     codebook = torch.tensor(found.codebook, dtype=torch.float32, device=weight.device)
-    packed, absmax = _quantize_op(
-        weight.detach().contiguous(), reference.midpoints(codebook), block_size
-    )
+    flat = weight.detach().contiguous()
+    packed, absmax = _quantize_op(flat, reference.midpoints(codebook), block_size)
     statistics: dict[str, Tensor] = {}
     if nested:
         nested_map = reference.dynamic_map().to(weight.device)
@@ -283,8 +270,8 @@ def expert_linear(
     Args:
         x: `[rows, in]`, rows sorted by expert.
         weight: `[experts, out, in]`, a QuantizedWeight or a dense float tensor.
-        offsets: int64 `[experts + 1]`; rows offsets[e] to offsets[e + 1] belong to expert e.
-            Its values are checked on the CPU only: from 0 to rows, never falling.
+        offsets: int64 `[experts + 1]`; rows offsets[e] to offsets[e + 1] belong to expert e. From
+            0 to rows, never falling; its values are checked on the CPU only.
         bias: `[experts, out]`.
         lora_a: `[adapters, r, in]`; one adapter for each expert where `adapter` is None.
         lora_b: `[adapters, out, r]`.
