@@ -143,12 +143,11 @@ def _run_here(job: dict[str, Any], answers: IO[str]) -> None:
     from peft import PeftModel
 
     from peftkern.demo import model as language_model
-    from peftkern.demo import train
-    from peftkern.demo.run import read_data
+    from peftkern.demo import text, train
 
     recipe = Recipe(**job["recipe"])
     loaded = language_model.load(Path(job["model"]), bars=False)
-    data = read_data(Path(job["text"]) if job["text"] else None, loaded.tokenizer, recipe)
+    data = text.data(Path(job["text"]) if job["text"] else None, loaded.tokenizer, recipe.length)
     _quantize(loaded.model)
     model = PeftModel.from_pretrained(loaded.model, job["adapter"], is_trainable=True).train()
     _refuse_fallback(model)

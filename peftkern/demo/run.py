@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import peftkern
 from peftkern.demo import model as language_model
@@ -18,22 +17,6 @@ from peftkern.demo.options import METHODS, DemoFailed, Options
 from peftkern.demo.train import Recipe, Result
 
 OURS = "peftkern"
-
-
-@dataclass(frozen=True)
-class Data:
-    train: Tensor  # [windows, length]
-    held_out: Tensor
-    prompt: str
-
-
-def read_data(path: Path | None, tokenizer: Any, recipe: Recipe) -> Data:
-    split = text.split(text.read(path))
-    return Data(
-        text.windows(split.train, tokenizer, recipe.length),
-        text.windows(split.held_out, tokenizer, recipe.length),
-        text.prompt(split),
-    )
 
 
 def run(options: Options) -> None:
@@ -48,7 +31,7 @@ def run(options: Options) -> None:
     show.say(f"Reading {path.name}", options.quiet)
     loaded = language_model.load(path, bars=show.bars_wanted(options.quiet))
     model, tokenizer = loaded.model, loaded.tokenizer
-    data = read_data(options.text, tokenizer, recipe)
+    data = text.data(options.text, tokenizer, recipe.length)
     show.say("Measuring the model as it is, before and after requantising", options.quiet)
     loss = train.evaluate(model, data.held_out, recipe.batch)
     facts = {
@@ -82,7 +65,7 @@ def run(options: Options) -> None:
 
 
 def _train(
-    model: nn.Module, data: Data, recipe: Recipe, options: Options, path: Path
+    model: nn.Module, data: text.Data, recipe: Recipe, options: Options, path: Path
 ) -> dict[str, Result]:
     parameters = peftkern.trainable_parameters(model)
     name = f"{OURS} and {peers.NAME}" if options.compare_peers else OURS

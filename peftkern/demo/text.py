@@ -97,3 +97,20 @@ def prompt(split: Split) -> str:
             if len(words) >= 24 and words[0].isalpha():
                 return " ".join(words[:12])
     return " ".join(split.held_out[0].split()[:12])
+
+
+@dataclass(frozen=True)
+class Data:
+    train: Tensor  # [windows, length]
+    held_out: Tensor
+    prompt: str
+
+
+def data(path: Path | None, tokenizer: Any, length: int) -> Data:
+    """What the demo trains on, holds out and samples from."""
+    parts = split(read(path))
+    return Data(
+        windows(parts.train, tokenizer, length),
+        windows(parts.held_out, tokenizer, length),
+        prompt(parts),
+    )
