@@ -90,10 +90,15 @@ def markdown(rows: Sequence[Row]) -> str:
     """Every contender that ran, the losses too; floors are left to the share of them."""
     if not rows:
         raise ValueError("rows must hold at least one row, got none")
-    run = rows[0].run
+    runs = dict.fromkeys(
+        f"{row.family}: {row.run.device}; torch {row.run.torch}; commit {row.run.commit}; "
+        f"{row.run.date}."
+        for row in rows
+    )
     lines = [
-        f"{run.device}; torch {run.torch}; commit {run.commit}; {run.date}. Medians; the ratio is "
-        "paired by round, with its 95% interval, against the baseline of the case.",
+        *runs,
+        "Medians; the ratio is paired by round, with its 95% interval, against the baseline of the "
+        'case, and "same" where the interval holds 1 or lies within the noise of the run.',
         "",
         "| case | contender | ms | time / baseline | peak MiB | of floor |",
         "|---|---|---:|---|---:|---:|",

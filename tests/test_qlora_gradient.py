@@ -103,3 +103,22 @@ def test_a_second_derivative_is_refused():
     )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "inputs"), [(0, 32, 3), (8, 0, 3), (8, 0, 40), (8, 32, 0)]
+)
+@pytest.mark.parametrize("quantized", [True, False])
+def test_an_empty_side_is_a_product_too(isa, rows, columns, inputs, quantized):
+    x, weight, *parameters = sample(rows, columns, inputs, 2)
+    base = weight if quantized else weight.dequantize()
+    leaves = [t.requires_grad_() for t in (x, *parameters)]
+
+    def run(fn, base):
+        y = fn(x, base, *parameters, 0.5)
+        return [y, *torch.autograd.grad(y.sum(), leaves)]
+
+    for found, wanted in zip(
+        run(qlora.linear, base), run(reference.linear, weight.dequantize()), strict=True
+    ):
+        assert torch.equal(found, wanted)

@@ -52,6 +52,12 @@ inline void convert(const Matrix& from, const Matrix& to) {
   });
 }
 
+inline void clear(const Matrix& matrix) {
+  for (int64_t row = 0; row < matrix.rows; ++row) {
+    std::memset(matrix.at(row, 0), 0, static_cast<size_t>(matrix.columns * size_of(matrix.dtype)));
+  }
+}
+
 // The matrix itself where it has this dtype, else a copy that lives as long as `scratch`.
 inline Matrix as_dtype(const Matrix& from, ScalarType dtype, Scratch& scratch) {
   if (from.dtype == dtype) return from;

@@ -6,7 +6,7 @@
 namespace peftkern::qlora::PEFTKERN_ISA {
 using namespace peftkern::PEFTKERN_ISA;
 
-// Where keeps[i] is zero, zero; float and double multiply in their own width, 16 bits in float.
+// Zero where a word is below the threshold. Double multiplies in its own width, the rest in float.
 PEFTKERN_INLINE void keep_or_drop(const double* x, const uint32_t* words, uint32_t threshold,
                                   double factor, int64_t count, double* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = words[i] >= threshold ? x[i] * factor : 0.0;

@@ -92,7 +92,7 @@ inline constexpr int64_t kTile = 16;
 inline constexpr int64_t kTileScales = 4096;
 
 bool serves_few_rows(const Weight& weight) {
-  return weight.columns % weight.block == 0 && weight.block >= kLeastBlock &&
+  return weight.columns > 0 && weight.columns % weight.block == 0 && weight.block >= kLeastBlock &&
          weight.columns / weight.block <= kTileScales;
 }
 

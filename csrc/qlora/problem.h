@@ -37,7 +37,7 @@ struct Problem {
   ScalarType sums;     // float, or double for double
   ScalarType product;  // the dtype in which x meets W
   MaybeTensor bias, lora_a, lora_b;
-  int64_t rank = 0;
+  int64_t rank = 0, adapters = 0;
   double scale;
   Dropout dropout;
   std::vector<Run> runs;  // in the order of the rows
@@ -56,11 +56,10 @@ struct Problem {
     sums = x.dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     product = base.product_dtype(x.dtype, sums);
     if (bias) check_count(*bias, "bias", base.experts * base.rows);
-    int64_t adapters = 0;
     if (lora_a) {
       STD_TORCH_CHECK(lora_b.has_value(), "lora_b must come with lora_a");
       rank = lora_a->size(-2);
-      adapters = lora_a->numel() / std::max<int64_t>(1, rank * base.columns);
+      adapters = lora_a->dim() == 3 ? lora_a->size(0) : 1;
       check_count(*lora_a, "lora_a", adapters * rank * base.columns);
       check_count(*lora_b, "lora_b", adapters * rank * base.rows);
     }
@@ -70,16 +69,14 @@ struct Problem {
       check_dtype(*seed, "seed", ScalarType::Long);
       dropout = {p, static_cast<uint64_t>(*seed->const_data_ptr<int64_t>())};
     }
-    find_runs(offsets, adapter, adapters);
+    find_runs(offsets, adapter);
   }
 
   Matrix a_of(int64_t adapter) const {
-    const int64_t adapters = lora_a->numel() / (rank * base.columns);
     return Matrix::of(*lora_a, adapters * rank, base.columns)
         .part_rows(adapter * rank, (adapter + 1) * rank);
   }
   Matrix b_of(int64_t adapter) const {
-    const int64_t adapters = lora_b->numel() / (rank * base.rows);
     return Matrix::of(*lora_b, adapters * base.rows, rank)
         .part_rows(adapter * base.rows, (adapter + 1) * base.rows);
   }
@@ -115,7 +112,7 @@ struct Problem {
   }
 
  private:
-  void find_runs(const MaybeTensor& offsets, const MaybeTensor& adapter, int64_t adapters) {
+  void find_runs(const MaybeTensor& offsets, const MaybeTensor& adapter) {
     if (!offsets) {
       STD_TORCH_CHECK(base.experts == 1 && adapters <= 1, "offsets must come with experts");
       if (x.rows) runs.push_back({0, x.rows, 0, rank ? 0 : -1});
@@ -135,8 +132,7 @@ struct Problem {
       STD_TORCH_CHECK(bounds[expert] <= bounds[expert + 1], "offsets must not fall");
       for (int64_t row = bounds[expert]; row < bounds[expert + 1];) {
         const int64_t g = !rank ? -1 : owner ? owner[row] : expert;
-        STD_TORCH_CHECK(g >= -1 && g < std::max<int64_t>(adapters, 0),
-                        "adapter must be there, got ", g);
+        STD_TORCH_CHECK(g >= -1 && g < adapters, "adapter must be there, got ", g);
         int64_t end = owner ? row + 1 : bounds[expert + 1];
         while (owner && end < bounds[expert + 1] && owner[end] == owner[row]) ++end;
         runs.push_back({row, end, expert, g});

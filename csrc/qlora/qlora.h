@@ -100,7 +100,7 @@ struct Kernels {
   // Room for one row of x in the order in which few_rows meets its codes.
   int64_t (*interleaved_width)(int64_t columns);
   void (*interleave)(const float* x, int64_t columns, float* out);
-  // Whether few_rows can read this weight: rows of whole blocks, and not too many.
+  // Whether few_rows can read this weight: rows of whole blocks, some and not too many.
   bool (*serves_few_rows)(const Weight& weight);
   // Rows [begin, end) of W, straight from the packed bytes.
   void (*few_rows)(const Weight& weight, const FewRows& io, int64_t begin, int64_t end);

@@ -9,12 +9,11 @@ namespace {
 struct Sums {
   Matrix t{}, bias{}, a{}, b{}, weight{};
 
-  static Matrix zeros(bool needed, int64_t rows, int64_t columns, ScalarType dtype,
-                      Scratch& scratch) {
-    if (!needed) return {};
-    const auto bytes = rows * columns * size_of(dtype);
-    return Matrix::dense(std::memset(scratch.take_bytes(bytes), 0, static_cast<size_t>(bytes)),
-                         dtype, rows, columns);
+  static Matrix zeros(int64_t rows, int64_t columns, ScalarType dtype, Scratch& scratch) {
+    void* memory = scratch.take_bytes(rows * columns * size_of(dtype));
+    const Matrix sum = Matrix::dense(memory, dtype, rows, columns);
+    clear(sum);
+    return sum;
   }
 };
 
@@ -87,9 +86,7 @@ bool start(const Problem& p, const Run* first, const Run* last, const Matrix& t,
                : Matrix::dense(scratch.take_bytes(target.rows * target.columns * size_of(p.sums)),
                                p.sums, target.rows, target.columns);
     if (run->adapter < 0) {
-      for (int64_t row = 0; row < u.rows; ++row) {
-        std::memset(u.at(row, 0), 0, static_cast<size_t>(u.columns * size_of(u.dtype)));
-      }
+      clear(u);
     } else {
       const Matrix a =
           as_dtype(p.a_of(run->adapter).part(0, p.rank, k_begin, k_end), p.sums, scratch);
@@ -160,21 +157,19 @@ std::vector<Tensor> linear_bwd(const Tensor& grad_tensor, const Tensor& x,
     out.push_back(empty_as(parameter));
     const Matrix target = Matrix::of(out.back(), rows, columns);
     if (target.dtype != p.sums) {
-      rounded.emplace_back(Sums::zeros(true, rows, columns, p.sums, scratch), target);
+      rounded.emplace_back(Sums::zeros(rows, columns, p.sums, scratch), target);
       return rounded.back().first;
     }
-    std::memset(target.data, 0, static_cast<size_t>(rows * columns * size_of(target.dtype)));
+    clear(target);
     return target;
   };
   Sums sums;
   sums.weight = sum_for(need_weight, weight[0], p.base.experts * p.base.rows, p.base.columns);
   if (bias) sums.bias = sum_for(need_bias, *bias, p.base.experts, p.base.rows);
   if (p.rank) {
-    const int64_t adapters = lora_a->numel() / std::max<int64_t>(1, p.rank * p.base.columns);
-    sums.a = sum_for(need_a, *lora_a, adapters * p.rank, p.base.columns);
-    sums.b = sum_for(need_b, *lora_b, adapters * p.base.rows, p.rank);
-    const bool need_t = need_x || need_a || need_b;
-    sums.t = Sums::zeros(need_t, p.x.rows, p.rank, p.sums, scratch);
+    sums.a = sum_for(need_a, *lora_a, p.adapters * p.rank, p.base.columns);
+    sums.b = sum_for(need_b, *lora_b, p.adapters * p.base.rows, p.rank);
+    if (need_x || need_a) sums.t = Sums::zeros(p.x.rows, p.rank, p.sums, scratch);
   }
   for (const Run& run : p.runs) add_run(p, run, grad, down, sums);
   if (need_x) {
