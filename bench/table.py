@@ -98,7 +98,7 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = [
         *runs,
         "Medians; the ratio is paired by round, with its 95% interval, against the baseline of the "
-        'case, and "same" where the interval holds 1 or lies within the noise of the run.',
+        'case, and "same" where the interval spans 1 or reaches into the noise of the run.',
         "",
         "| case | contender | ms | time / baseline | peak MiB | of floor |",
         "|---|---|---:|---|---:|---:|",
