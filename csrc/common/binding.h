@@ -66,7 +66,7 @@ inline bool& poison() {
 }
 
 inline void* fresh(void* memory, int64_t bytes) {
-  if (poison()) std::memset(memory, 0xFF, static_cast<size_t>(bytes));
+  if (poison() && bytes) std::memset(memory, 0xFF, static_cast<size_t>(bytes));
   return memory;
 }
 

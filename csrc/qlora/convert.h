@@ -26,6 +26,7 @@ auto with_kernels(ScalarType dtype, const Function& f) {
 // One row of `count`, by way of float.
 inline void convert_row(const void* from, ScalarType from_dtype, void* to, ScalarType to_dtype,
                         int64_t count) {
+  if (count == 0) return;
   if (from_dtype == to_dtype) {
     std::memcpy(to, from, static_cast<size_t>(count * size_of(to_dtype)));
     return;
@@ -53,6 +54,7 @@ inline void convert(const Matrix& from, const Matrix& to) {
 }
 
 inline void clear(const Matrix& matrix) {
+  if (matrix.columns == 0) return;  // and perhaps no memory
   for (int64_t row = 0; row < matrix.rows; ++row) {
     std::memset(matrix.at(row, 0), 0, static_cast<size_t>(matrix.columns * size_of(matrix.dtype)));
   }
