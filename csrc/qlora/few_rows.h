@@ -1,5 +1,5 @@
-// Few rows of x times W^T, straight from the packed bytes: each weight is decoded once for four
-// rows.
+// Few rows of x times W^T, straight from the packed bytes: each weight is decoded in registers,
+// once for a group of rows.
 #pragma once
 #include "qlora/codes.h"
 
@@ -75,13 +75,16 @@ PEFTKERN_INLINE void decode(const Decoder& d, U word, F* values) {
 inline constexpr int64_t kAhead = 2048;
 int64_t interleaved_width(int64_t columns) { return (columns + kChunk - 1) / kChunk * kChunk; }
 
-// out[chunk][k][l] = x[chunk * kChunk + kPlace[k] + lane_place(l)], zeros behind the end.
-void interleave(const float* x, int64_t columns, float* out) {
-  for (int64_t begin = 0; begin < columns; begin += kChunk, out += kChunk) {
+// out[chunk][k][m][l] = x[m, chunk * kChunk + kPlace[k] + lane_place(l)], zeros behind the end, for
+// the `group` rows of x.
+void interleave(const float* x, int64_t group, int64_t columns, float* out) {
+  for (int64_t begin = 0; begin < columns; begin += kChunk) {
     for (int k = 0; k < 8; ++k) {
-      for (uint32_t l = 0; l < W; ++l) {
-        const int64_t i = begin + kPlace[k] + lane_place(l);
-        out[k * W + l] = i < columns ? x[i] : 0.0f;
+      for (int64_t m = 0; m < group; ++m, out += W) {
+        for (uint32_t l = 0; l < W; ++l) {
+          const int64_t i = begin + kPlace[k] + lane_place(l);
+          out[l] = i < columns ? x[m * columns + i] : 0.0f;
+        }
       }
     }
   }
@@ -127,13 +130,22 @@ PEFTKERN_INLINE F chunk_scale(const Plan& plan, const float* scales, int64_t chu
   return permute(load_first(scales + first, count), plan.index);
 }
 
+// The low-rank term, one more stretch of the same sum; and the bias.
+PEFTKERN_INLINE float finish(const FewRows& io, F total, int64_t input, int64_t n) {
+  for (int64_t j = 0; io.lora_b && j < io.rank; j += W) {
+    total = fma(load_first(io.lora_b + n * io.rank + j, io.rank - j),
+                load_first(io.down + input * io.rank + j, io.rank - j), total);
+  }
+  return sum(total) + (io.bias ? io.bias[n] : 0.0f);
+}
+
 // Row n of W, whose codes and scales are given, times M rows of x.
 template <int M>
 PEFTKERN_INLINE void one_row(const Plan& plan, const uint32_t* packed, const float* scales,
                              const FewRows& io, int64_t input, int64_t n, int64_t rows) {
-  const float* x = io.x + input * plan.width;
+  const float* x = io.x + input * plan.width;  // a group of M rows
   F total[M] = {};
-  for (int64_t chunk = 0; chunk * W < plan.words; ++chunk) {
+  for (int64_t chunk = 0; chunk * W < plan.words; ++chunk, x += M * kChunk) {
     const U word = load_first(packed + chunk * W, plan.words - chunk * W);
     __builtin_prefetch(reinterpret_cast<const char*>(packed + chunk * W) + kAhead);
     F value[8], part[M] = {};
@@ -142,25 +154,15 @@ PEFTKERN_INLINE void one_row(const Plan& plan, const uint32_t* packed, const flo
     for (int k = 0; k < 8; ++k) {
       PEFTKERN_UNROLL
       for (int m = 0; m < M; ++m) {
-        part[m] = fma(value[k], load(x + m * plan.width + chunk * kChunk + k * W), part[m]);
+        part[m] = fma(value[k], load(x + (k * M + m) * W), part[m]);
       }
     }
     const F by = chunk_scale(plan, scales, chunk);
     PEFTKERN_UNROLL
     for (int m = 0; m < M; ++m) total[m] = fma(by, part[m], total[m]);
   }
-  // The low-rank term is one more stretch of the same sum.
-  for (int64_t j = 0; io.lora_b && j < io.rank; j += W) {
-    const F b = load_first(io.lora_b + n * io.rank + j, io.rank - j);
-    PEFTKERN_UNROLL
-    for (int m = 0; m < M; ++m) {
-      total[m] = fma(b, load_first(io.down + (input + m) * io.rank + j, io.rank - j), total[m]);
-    }
-  }
   PEFTKERN_UNROLL
-  for (int m = 0; m < M; ++m) {
-    io.y[(input + m) * rows + n] = sum(total[m]) + (io.bias ? io.bias[n] : 0.0f);
-  }
+  for (int m = 0; m < M; ++m) io.y[(input + m) * rows + n] = finish(io, total[m], input + m, n);
 }
 
 template <int M>
@@ -180,18 +182,20 @@ void few_rows(const Weight& weight, const FewRows& io, int64_t begin, int64_t en
   for (int64_t n = begin; n < end; n += tile) {
     const int64_t stop = min(n + tile, end);
     const float* by = scales(weight, n * plan.blocks, (stop - n) * plan.blocks, buffer);
-    int64_t input = 0;
-    for (; input + 4 <= io.inputs; input += 4) tile_of<4>(plan, weight, by, io, input, n, stop);
-    switch (io.inputs - input) {
-      case 1:
-        tile_of<1>(plan, weight, by, io, input, n, stop);
-        break;
-      case 2:
-        tile_of<2>(plan, weight, by, io, input, n, stop);
-        break;
-      case 3:
-        tile_of<3>(plan, weight, by, io, input, n, stop);
-        break;
+    for (int64_t input = 0; input < io.inputs; input += kGroup) {
+      switch (io.inputs - input) {
+        case 1:
+          tile_of<1>(plan, weight, by, io, input, n, stop);
+          break;
+        case 2:
+          tile_of<2>(plan, weight, by, io, input, n, stop);
+          break;
+        case 3:
+          tile_of<3>(plan, weight, by, io, input, n, stop);
+          break;
+        default:
+          tile_of<kGroup>(plan, weight, by, io, input, n, stop);
+      }
     }
   }
 }

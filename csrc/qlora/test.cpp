@@ -1,4 +1,5 @@
 // qlora's kernels without torch: values that a reader can check, and every split the same bits.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -122,28 +123,31 @@ void nested_scales_are_a_product_and_a_sum() {
   EXPECT(out[0] == 8 * values[0] && out[31] == 8 * values[1]);
 }
 
-std::vector<float> few(const Quantized& q, const std::vector<float>& x, int64_t inputs,
-                       int64_t pieces) {
+using FewKernel = void (*)(const Weight&, const FewRows&, int64_t, int64_t);
+
+std::vector<float> few(FewKernel kernel, const Quantized& q, const std::vector<float>& x,
+                       int64_t inputs, int64_t pieces) {
   const int64_t columns = q.weight.columns, width = kernels().interleaved_width(columns);
   std::vector<float> laid(static_cast<size_t>(inputs * width));
-  for (int64_t m = 0; m < inputs; ++m) {
-    kernels().interleave(x.data() + m * columns, columns, laid.data() + m * width);
+  for (int64_t m = 0; m < inputs; m += kGroup) {
+    kernels().interleave(x.data() + m * columns, std::min(kGroup, inputs - m), columns,
+                         laid.data() + m * width);
   }
   std::vector<float> y(static_cast<size_t>(inputs * q.weight.rows), NAN);
   const FewRows io{laid.data(), nullptr, nullptr, nullptr, y.data(), inputs, 0};
   for (int64_t i = 0; i < pieces; ++i) {
-    kernels().few_rows(q.weight, io, q.weight.rows * i / pieces, q.weight.rows * (i + 1) / pieces);
+    kernel(q.weight, io, q.weight.rows * i / pieces, q.weight.rows * (i + 1) / pieces);
   }
   return y;
 }
 
-void few_rows_are_the_product_with_the_dense_weight() {
+void is_the_product_with_the_dense_weight(FewKernel kernel, int64_t inputs) {
   for (int64_t block : {16, 32, 64, 128, 256, 512}) {
-    const int64_t rows = 19, columns = block * 3, inputs = 7;
+    const int64_t rows = 19, columns = block * 3;
     const Quantized q(numbers(rows * columns), rows, columns, block);
     if (!kernels().serves_few_rows(q.weight)) continue;
     const std::vector<float> x = numbers(inputs * columns, 2), w = dense(q.weight);
-    const std::vector<float> y = few(q, x, inputs, 1);
+    const std::vector<float> y = few(kernel, q, x, inputs, 1);
     for (int64_t m = 0; m < inputs; ++m) {
       for (int64_t n = 0; n < rows; ++n) {
         double sum = 0, size = 0;
@@ -154,9 +158,26 @@ void few_rows_are_the_product_with_the_dense_weight() {
         EXPECT(std::fabs(y[m * rows + n] - sum) <= 1e-6 * size);
       }
     }
-    EXPECT(few(q, x, inputs, 3) == y);
-    EXPECT(few(q, x, inputs, 19) == y);
+    EXPECT(few(kernel, q, x, inputs, 3) == y);
+    EXPECT(few(kernel, q, x, inputs, 19) == y);
+    // Nor does a row of x depend on those beside it.
+    const int64_t cut = inputs / 2;
+    std::vector<float> parts = few(kernel, q, x, cut, 1);
+    const std::vector<float> rest =
+        few(kernel, q, {x.begin() + cut * columns, x.end()}, inputs - cut, 1);
+    parts.insert(parts.end(), rest.begin(), rest.end());
+    EXPECT(parts == y);
   }
+}
+
+void few_rows_are_the_product_with_the_dense_weight() {
+  for (int64_t inputs : {1, 2, 7}) {
+    is_the_product_with_the_dense_weight(kernels().few_rows, inputs);
+  }
+}
+
+void tiles_are_the_product_with_the_dense_weight() {
+  for (int64_t inputs : {1, 6, 39}) is_the_product_with_the_dense_weight(kernels().tiles, inputs);
 }
 
 void dropout_depends_on_the_place_alone() {
@@ -235,6 +256,7 @@ int main() {
     RUN(any_range_dequantizes_alike);
     RUN(nested_scales_are_a_product_and_a_sum);
     RUN(few_rows_are_the_product_with_the_dense_weight);
+    RUN(tiles_are_the_product_with_the_dense_weight);
     RUN(dropout_depends_on_the_place_alone);
     RUN(product_and_dots_are_matrix_products);
     RUN(a_long_sum_is_a_sum_of_short_ones);

@@ -4,10 +4,16 @@
 namespace peftkern::qlora {
 namespace {
 
-// Up to here the packed bytes are read once and nothing is decoded into memory; above, panels of
-// decoded weights meet the library's product. At 4096 x 4096 on two AVX-512 cores: 3.4 ms for 16
-// rows, 5.7 ms for 17 and 7.0 ms for 32 by panels.
-constexpr int64_t kFewRows = 16;
+// In bf16, tiles still multiply in float: at 4096 x 4096, 16 rows take 2.1 ms so and 2.8 ms by
+// panels, 24 rows 3.0 and 2.9.
+constexpr int64_t kMostTilesBf16 = 16;
+
+// The most rows of one expert that are multiplied without decoding the weight into memory.
+int64_t most_rows_without_panels(const Problem& p) {
+  if (p.base.is_dense() || p.sums != ScalarType::Float) return 0;
+  if (!kernels().serves_few_rows(p.base.codes)) return 0;
+  return p.product == ScalarType::BFloat16 ? kMostTilesBf16 : kernels().most_tiles;
+}
 
 // down = D(x) A^T for one run, into rows of `down` [inputs, rank].
 void down_of(const Problem& p, const Run& run, const Matrix& down) {
@@ -27,10 +33,12 @@ void few_rows(const Problem& p, const Run& run, const Matrix& down, const Matrix
   const int64_t inputs = run.end - run.begin, width = kernels().interleaved_width(p.base.columns);
   const Matrix x = as_dtype(p.x.part_rows(run.begin, run.end), f32, scratch);
   float* interleaved = scratch.take<float>(inputs * width);
-  for (int64_t m = 0; m < inputs; ++m) {
-    kernels().interleave(static_cast<const float*>(x.at(m, 0)), p.base.columns,
-                         interleaved + m * width);
-  }
+  parallel((inputs + kGroup - 1) / kGroup, kGroup * width, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin * kGroup; m < std::min(end * kGroup, inputs); m += kGroup) {
+      kernels().interleave(static_cast<const float*>(x.at(m, 0)), std::min(kGroup, inputs - m),
+                           p.base.columns, interleaved + m * width);
+    }
+  });
   const Matrix target = y.part_rows(run.begin, run.end);
   const bool direct = y.dtype == f32;
   FewRows io{interleaved, nullptr, nullptr, nullptr, nullptr, inputs, p.rank};
@@ -45,8 +53,9 @@ void few_rows(const Problem& p, const Run& run, const Matrix& down, const Matrix
     io.down = scaled;
     io.lora_b = static_cast<float*>(as_dtype(p.b_of(run.adapter), f32, scratch).at(0, 0));
   }
+  const auto kernel = inputs <= kernels().most_few_rows ? kernels().few_rows : kernels().tiles;
   parallel(p.base.rows, inputs * p.base.columns / 4,
-           [&](int64_t begin, int64_t end) { kernels().few_rows(weight, io, begin, end); });
+           [&](int64_t begin, int64_t end) { kernel(weight, io, begin, end); });
   if (!direct) convert(Matrix::dense(io.y, f32, inputs, y.columns), target);
 }
 
@@ -118,10 +127,9 @@ std::tuple<Tensor, Tensor> linear(const Tensor& x, std::vector<Tensor> weight,
   const Matrix out = Matrix::of(y, p.x.rows, p.base.rows);
   const Matrix s = Matrix::of(down, p.x.rows, p.rank);
   for (const Run& run : p.runs) down_of(p, run, s);
-  const bool packed =
-      !p.base.is_dense() && p.sums == ScalarType::Float && kernels().serves_few_rows(p.base.codes);
+  const int64_t few = most_rows_without_panels(p);
   p.for_each_expert([&](const Run* first, const Run* last) {
-    if (packed && last[-1].end - first->begin <= kFewRows) {
+    if (last[-1].end - first->begin <= few) {
       for (const Run* run = first; run < last; ++run) few_rows(p, *run, s, out);
     } else {
       panels(p, first, last, s, out);
