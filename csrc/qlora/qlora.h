@@ -114,17 +114,7 @@ struct Kernels {
   SumKernels<double> sums_f64;
 };
 
-#if defined(__x86_64__)
-namespace avx2 {
-extern const Kernels kernels;
-}
-namespace avx512 {
-extern const Kernels kernels;
-}
-#endif
-namespace baseline {
-extern const Kernels kernels;
-}
+PEFTKERN_DECLARE(Kernels, kernels)
 
 inline const Kernels& kernels() { return PEFTKERN_SELECT(kernels); }
 

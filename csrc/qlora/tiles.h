@@ -71,7 +71,7 @@ PEFTKERN_INLINE void decode_row(const Plan& plan, const uint32_t* packed, const 
                                 int64_t begin, int64_t end, float* out) {
   for (int64_t chunk = begin; chunk < end; ++chunk, out += kChunk) {
     const U word = load_first(packed + chunk * W, plan.words - chunk * W);
-    __builtin_prefetch(reinterpret_cast<const char*>(packed + chunk * W) + kAhead);
+    __builtin_prefetch(packed + chunk * W + kTileHeight * plan.words);  // the next tile's
     F value[8];
     decode(plan.decoder, word, value);
     const F by = chunk_scale(plan, scales, chunk);

@@ -1,4 +1,5 @@
 // The binding of linear: y = x W^T + bias + scale * (D(x) A^T) B^T, group by group.
+#include "qlora/panels.h"
 #include "qlora/small_products.h"
 
 namespace peftkern::qlora {
@@ -88,30 +89,6 @@ bool start(const Problem& p, const Run* first, const Run* last, const Matrix& do
   return p.bias || p.rank;
 }
 
-// One expert's rows, by panels of decoded weights.
-void panels(const Problem& p, const Run* first, const Run* last, const Matrix& down,
-            const Matrix& y) {
-  Scratch scratch;
-  const int64_t begin = first->begin, end = last[-1].end, n = p.base.rows;
-  const Matrix x = as_dtype(p.x.part_rows(begin, end), p.product, scratch);
-  const int64_t row_bytes = std::max<int64_t>(1, p.base.columns * size_of(p.product));
-  const int64_t height =
-      std::min(n, p.base.is_dense() ? n : std::max<int64_t>(64, kPanelBytes / row_bytes));
-  void* memory = scratch.take_bytes(height * row_bytes);
-  const bool direct = y.dtype == p.product;
-  void* buffer = direct ? nullptr : scratch.take_bytes((end - begin) * height * size_of(p.product));
-  for (int64_t row = 0; row < n; row += height) {
-    const int64_t stop = std::min(row + height, n);
-    const Matrix panel =
-        p.base.panel(first->expert, row, stop, 0, p.base.columns, p.product, memory);
-    const Matrix target = y.part(begin, end, row, stop);
-    const Matrix out = direct ? target : Matrix::dense(buffer, p.product, end - begin, stop - row);
-    const bool started = start(p, first, last, down, row, stop, out);
-    multiply(out, x, panel.transposed(), started ? 1 : 0);
-    if (!direct) convert(out, target);
-  }
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> linear(const Tensor& x, std::vector<Tensor> weight,
@@ -119,7 +96,8 @@ std::tuple<Tensor, Tensor> linear(const Tensor& x, std::vector<Tensor> weight,
                                   const MaybeTensor& lora_a, const MaybeTensor& lora_b,
                                   double scale, double dropout, const MaybeTensor& seed,
                                   const MaybeTensor& offsets, const MaybeTensor& adapter) {
-  const Problem p(x, weight, layout, bias, lora_a, lora_b, scale, dropout, seed, offsets, adapter);
+  const Problem p(x, x, weight, layout, bias, lora_a, lora_b, scale, dropout, seed, offsets,
+                  adapter);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = p.base.rows;
   Tensor y = empty(shape, x.scalar_type());
@@ -132,7 +110,11 @@ std::tuple<Tensor, Tensor> linear(const Tensor& x, std::vector<Tensor> weight,
     if (last[-1].end - first->begin <= few) {
       for (const Run* run = first; run < last; ++run) few_rows(p, *run, s, out);
     } else {
-      panels(p, first, last, s, out);
+      const int64_t begin = first->begin, end = last[-1].end;
+      by_panels(p, first->expert, Side::rows, p.x.part_rows(begin, end), out.part_rows(begin, end),
+                [&](int64_t n, int64_t stop, const Matrix& part) {
+                  return start(p, first, last, s, n, stop, part);
+                });
     }
   });
   return {y, down};

@@ -1,5 +1,6 @@
 // The binding of linear's gradient. With t = scale * g B:
 //   grad_x = g W + D(t A)     grad_a = t^T D(x)     grad_b = scale * g^T down     grad_bias = sum g
+#include "qlora/panels.h"
 #include "qlora/small_products.h"
 
 namespace peftkern::qlora {
@@ -100,54 +101,32 @@ bool start(const Problem& p, const Run* first, const Run* last, const Matrix& t,
   return true;
 }
 
-// grad_x of one expert's rows, by panels of columns, so that each element is rounded once.
-void panels(const Problem& p, const Run* first, const Run* last, const Matrix& grad,
-            const Matrix& t, const Matrix& grad_x) {
-  Scratch scratch;
-  const int64_t begin = first->begin, end = last[-1].end, k = p.base.columns;
-  const Matrix g = as_dtype(grad.part_rows(begin, end), p.product, scratch);
-  const int64_t column_bytes = std::max<int64_t>(1, p.base.rows * size_of(p.product));
-  const int64_t width = std::min(
-      k, p.base.is_dense() ? k : std::max<int64_t>(64, kPanelBytes / column_bytes / 64 * 64));
-  void* memory = scratch.take_bytes(p.base.rows * p.base.panel_stride(width) * size_of(p.product));
-  const bool direct = grad_x.dtype == p.product;
-  void* buffer = direct ? nullptr : scratch.take_bytes((end - begin) * width * size_of(p.product));
-  for (int64_t column = 0; column < k; column += width) {
-    const int64_t stop = std::min(column + width, k);
-    const Matrix panel =
-        p.base.panel(first->expert, 0, p.base.rows, column, stop, p.product, memory);
-    const Matrix target = grad_x.part(begin, end, column, stop);
-    const Matrix out =
-        direct ? target : Matrix::dense(buffer, p.product, end - begin, stop - column);
-    const bool started = start(p, first, last, t, column, stop, out);
-    multiply(out, g, panel, started ? 1 : 0);
-    if (!direct) convert(out, target);
-  }
-}
-
 }  // namespace
 
 // `needs` and the result: x, weight, bias, lora_a, lora_b; only what is needed is returned.
-std::vector<Tensor> linear_bwd(const Tensor& grad_tensor, const Tensor& x,
+std::vector<Tensor> linear_bwd(const Tensor& grad_tensor, const MaybeTensor& x,
                                const Tensor& down_tensor, std::vector<Tensor> weight,
                                std::vector<int64_t> layout, const MaybeTensor& bias,
                                const MaybeTensor& lora_a, const MaybeTensor& lora_b, double scale,
                                double dropout, const MaybeTensor& seed, const MaybeTensor& offsets,
                                const MaybeTensor& adapter, std::vector<bool> needs) {
-  const Problem p(x, weight, layout, bias, lora_a, lora_b, scale, dropout, seed, offsets, adapter);
+  const Problem p(x, grad_tensor, weight, layout, bias, lora_a, lora_b, scale, dropout, seed,
+                  offsets, adapter);
   check_count(grad_tensor, "grad", p.x.rows * p.base.rows);
   check_count(down_tensor, "down", p.x.rows * p.rank);
-  check_dtype(grad_tensor, "grad", x.scalar_type());
   check_dtype(down_tensor, "down", p.sums);
   const Matrix grad = Matrix::of(grad_tensor, p.x.rows, p.base.rows);
   const Matrix down = Matrix::of(down_tensor, p.x.rows, p.rank);
   const bool need_x = needs.at(0), need_weight = needs.at(1), need_bias = needs.at(2) && bias,
              need_a = needs.at(3) && p.rank, need_b = needs.at(4) && p.rank;
+  STD_TORCH_CHECK(x || !(need_weight || need_a), "x must come where a gradient needs it");
   Scratch scratch;
   std::vector<Tensor> out;
   Matrix grad_x{};
   if (need_x) {
-    out.push_back(empty_as(x));
+    std::vector<int64_t> shape(grad_tensor.sizes().begin(), grad_tensor.sizes().end());
+    shape.back() = p.base.columns;
+    out.push_back(empty(shape, p.x.dtype));
     grad_x = Matrix::of(out.back(), p.x.rows, p.base.columns);
   }
   // Where a parameter has the sums' dtype, its gradient is summed up in place.
@@ -173,8 +152,13 @@ std::vector<Tensor> linear_bwd(const Tensor& grad_tensor, const Tensor& x,
   }
   for (const Run& run : p.runs) add_run(p, run, grad, down, sums);
   if (need_x) {
-    p.for_each_expert(
-        [&](const Run* first, const Run* last) { panels(p, first, last, grad, sums.t, grad_x); });
+    p.for_each_expert([&](const Run* first, const Run* last) {
+      const int64_t begin = first->begin, end = last[-1].end;
+      by_panels(p, first->expert, Side::columns, grad.part_rows(begin, end),
+                grad_x.part_rows(begin, end), [&](int64_t k, int64_t stop, const Matrix& part) {
+                  return start(p, first, last, sums.t, k, stop, part);
+                });
+    });
   }
   for (const auto& [sum, target] : rounded) convert(sum, target);
   return out;
