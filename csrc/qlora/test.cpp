@@ -106,6 +106,22 @@ void any_range_dequantizes_alike() {
   }
 }
 
+void bf16_is_the_float_rounded() {
+  Quantized q(numbers(5 * 96), 5, 96, 32);
+  const float scales[] = {3e38f, INFINITY, NAN, 1e-39f, -0.0f, 1e-45f};
+  for (size_t i = 0; i < 6; ++i) q.absmax[i] = scales[i];
+  const std::vector<float> values = dense(q.weight);
+  std::vector<peftkern::bf16> whole(values.size()), rounded(values.size());
+  kernels().bf16.dequantize(q.weight, 0, 5 * 96, false, whole.data());
+  kernels().bf16.from_float(values.data(), 5 * 96, rounded.data());
+  EXPECT(std::memcmp(whole.data(), rounded.data(), 2 * whole.size()) == 0);
+  for (int64_t begin : {1, 16, 33, 95}) {
+    std::vector<peftkern::bf16> part(static_cast<size_t>(200));
+    kernels().bf16.dequantize(q.weight, begin, begin + 200, false, part.data());
+    EXPECT(std::memcmp(part.data(), whole.data() + begin, 400) == 0);
+  }
+}
+
 void nested_scales_are_a_product_and_a_sum() {
   const Quantized q(std::vector<float>(32, 1.0f), 1, 32, 16);
   std::vector<float> map(256, 0.0f);
@@ -254,6 +270,7 @@ int main() {
     RUN(blocks_without_a_finite_reciprocal_are_zeros);
     RUN(a_nan_spoils_its_own_block_alone);
     RUN(any_range_dequantizes_alike);
+    RUN(bf16_is_the_float_rounded);
     RUN(nested_scales_are_a_product_and_a_sum);
     RUN(few_rows_are_the_product_with_the_dense_weight);
     RUN(tiles_are_the_product_with_the_dense_weight);
