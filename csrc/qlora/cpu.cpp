@@ -7,11 +7,12 @@
 namespace peftkern::qlora::PEFTKERN_ISA {
 
 template <typename T>
-constexpr TypedKernels<T> typed{quantize<T>, dequantize<T>, dropout<T>, to_float<T>, from_float<T>};
+constexpr TypedKernels<T> typed{quantize<T>, quantize_rows<T>, dequantize<T>,
+                                dropout<T>,  to_float<T>,      from_float<T>};
 
-extern const Kernels kernels{typed<float>,          typed<double>,     typed<peftkern::bf16>,
-                             typed<peftkern::fp16>, interleaved_width, interleave,
-                             serves_few_rows,       few_rows,          {product, dots},
+extern const Kernels kernels{typed<float>,          typed<double>,  typed<peftkern::bf16>,
+                             typed<peftkern::fp16>, laid_out_width, lay_out,
+                             serves_few_rows,       few_rows,       {product, dots},
                              {product, dots}};
 
 }  // namespace peftkern::qlora::PEFTKERN_ISA

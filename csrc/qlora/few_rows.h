@@ -1,12 +1,12 @@
 // Few rows of x times W^T, straight from the packed bytes: each weight is decoded once for four
-// rows.
+// rows. A chunk of codes makes eight vectors, and x is laid out in the order in which they meet it.
 #pragma once
 #include "qlora/codes.h"
 
 namespace peftkern::qlora::PEFTKERN_ISA {
 
-// A chunk is a vector of packed bytes, 8 W codes. `decode` makes eight vectors of it; lane l of
-// vector k is element kPlace[k] + kLane(l) of the chunk, and x is laid out alike.
+// Of 4-bit codes, a chunk is one vector of packed bytes; lane l of its vector k is element
+// kPlace[k] + lane_place(l). 8-bit codes come in their own order.
 inline constexpr int64_t kChunk = 8 * W;
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -73,10 +73,18 @@ PEFTKERN_INLINE void decode(const Decoder& d, U word, F* values) {
 // How far ahead of the codes in use memory is asked for: rows follow one another, but the hardware
 // asks for a new page only once it is touched.
 inline constexpr int64_t kAhead = 2048;
-int64_t interleaved_width(int64_t columns) { return (columns + kChunk - 1) / kChunk * kChunk; }
+int64_t laid_out_width(int64_t columns) { return (columns + kChunk - 1) / kChunk * kChunk; }
 
-// out[chunk][k][l] = x[chunk * kChunk + kPlace[k] + lane_place(l)], zeros behind the end.
-void interleave(const float* x, int64_t columns, float* out) {
+// 4 bits: out[chunk][k][l] = x[chunk * kChunk + kPlace[k] + lane_place(l)]; 8 bits: out[i] = x[i];
+// zeros behind the end.
+void lay_out(const Weight& weight, const float* x, float* out) {
+  const int64_t columns = weight.columns;
+  if (weight.bits == 8) {
+    const int64_t width = laid_out_width(columns);
+    std::memcpy(out, x, static_cast<size_t>(columns) * sizeof(float));
+    std::memset(out + columns, 0, static_cast<size_t>(width - columns) * sizeof(float));
+    return;
+  }
   for (int64_t begin = 0; begin < columns; begin += kChunk, out += kChunk) {
     for (int k = 0; k < 8; ++k) {
       for (uint32_t l = 0; l < W; ++l) {
@@ -92,23 +100,24 @@ inline constexpr int64_t kTile = 16;
 inline constexpr int64_t kTileScales = 4096;
 
 bool serves_few_rows(const Weight& weight) {
-  return weight.columns > 0 && weight.columns % weight.block == 0 && weight.block >= kLeastBlock &&
+  if (weight.columns == 0 || weight.bits == 8) return weight.columns > 0;
+  return weight.columns % weight.block == 0 && weight.block >= kLeastBlock &&
          weight.columns / weight.block <= kTileScales;
 }
 
-// What all rows have in common.
-struct Plan {
+// What all rows of 4-bit codes have in common.
+struct NibblePlan {
   Decoder decoder;
-  int64_t width;             // of a row of x
+  int64_t row_bytes;
   int64_t words;             // of 8 codes, in a row
   int64_t blocks;            // in a row
   int64_t per_chunk;         // scales in a chunk; 0 where a block is longer than a chunk
   int64_t chunks_per_block;  // 0 where it is shorter
   U index;                   // which of a chunk's scales a lane takes
 
-  explicit Plan(const Weight& weight)
+  explicit NibblePlan(const Weight& weight)
       : decoder(weight.codebook),
-        width(interleaved_width(weight.columns)),
+        row_bytes(weight.columns / 2),
         words(weight.columns / 8),
         blocks(weight.columns / weight.block),
         per_chunk(kChunk / weight.block),
@@ -118,8 +127,15 @@ struct Plan {
   }
 };
 
+PEFTKERN_INLINE void decode(const NibblePlan& plan, const uint8_t* row, int64_t chunk, F* values) {
+  const uint32_t* packed = reinterpret_cast<const uint32_t*>(row) + chunk * W;
+  const U word = load_first(packed, plan.words - chunk * W);
+  __builtin_prefetch(reinterpret_cast<const char*>(packed) + kAhead);
+  decode(plan.decoder, word, values);
+}
+
 // The scale of each lane. Lanes behind the row's end get zero: a row is whole blocks.
-PEFTKERN_INLINE F chunk_scale(const Plan& plan, const float* scales, int64_t chunk) {
+PEFTKERN_INLINE F chunk_scale(const NibblePlan& plan, const float* scales, int64_t chunk) {
   if (plan.per_chunk == 0) return splat(scales[chunk / plan.chunks_per_block]);
   const int64_t first = chunk * plan.per_chunk;
   if (plan.per_chunk == 1) return splat(scales[first]);
@@ -127,22 +143,48 @@ PEFTKERN_INLINE F chunk_scale(const Plan& plan, const float* scales, int64_t chu
   return permute(load_first(scales + first, count), plan.index);
 }
 
+// Of 8-bit codes.
+struct BytePlan {
+  int64_t row_bytes;
+  int64_t blocks;  // in a row: one
+
+  explicit BytePlan(const Weight& weight) : row_bytes(weight.columns), blocks(1) {}
+};
+
+PEFTKERN_INLINE void decode(const BytePlan& plan, const uint8_t* row, int64_t chunk, F* values) {
+  const int8_t* from = reinterpret_cast<const int8_t*>(row) + chunk * kChunk;
+  const int64_t there = plan.row_bytes - chunk * kChunk;
+  int8_t last[kChunk];
+  if (there < kChunk) {
+    std::memset(last, 0, sizeof last);
+    std::memcpy(last, from, static_cast<size_t>(there));
+    from = last;
+  } else {
+    for (int64_t i = 0; i < kChunk; i += 64) __builtin_prefetch(from + i + kAhead);
+  }
+  PEFTKERN_UNROLL
+  for (int k = 0; k < 8; ++k) values[k] = load(from + k * W);
+}
+
+PEFTKERN_INLINE F chunk_scale(const BytePlan&, const float* scales, int64_t) {
+  return splat(scales[0]);
+}
+
 // Row n of W, whose codes and scales are given, times M rows of x.
-template <int M>
-PEFTKERN_INLINE void one_row(const Plan& plan, const uint32_t* packed, const float* scales,
-                             const FewRows& io, int64_t input, int64_t n, int64_t rows) {
-  const float* x = io.x + input * plan.width;
+template <int M, typename Plan>
+PEFTKERN_INLINE void one_row(const Plan& plan, const uint8_t* codes, const float* scales,
+                             const FewRows& io, int64_t width, int64_t input, int64_t n,
+                             int64_t rows) {
+  const float* x = io.x + input * width;
   F total[M] = {};
-  for (int64_t chunk = 0; chunk * W < plan.words; ++chunk) {
-    const U word = load_first(packed + chunk * W, plan.words - chunk * W);
-    __builtin_prefetch(reinterpret_cast<const char*>(packed + chunk * W) + kAhead);
+  for (int64_t chunk = 0; chunk * kChunk < width; ++chunk) {
     F value[8], part[M] = {};
-    decode(plan.decoder, word, value);
+    decode(plan, codes, chunk, value);
     PEFTKERN_UNROLL
     for (int k = 0; k < 8; ++k) {
       PEFTKERN_UNROLL
       for (int m = 0; m < M; ++m) {
-        part[m] = fma(value[k], load(x + m * plan.width + chunk * kChunk + k * W), part[m]);
+        part[m] = fma(value[k], load(x + m * width + chunk * kChunk + k * W), part[m]);
       }
     }
     const F by = chunk_scale(plan, scales, chunk);
@@ -163,18 +205,19 @@ PEFTKERN_INLINE void one_row(const Plan& plan, const uint32_t* packed, const flo
   }
 }
 
-template <int M>
+template <int M, typename Plan>
 PEFTKERN_INLINE void tile_of(const Plan& plan, const Weight& weight, const float* scales,
                              const FewRows& io, int64_t input, int64_t begin, int64_t end) {
-  const uint32_t* packed =
-      reinterpret_cast<const uint32_t*>(weight.packed + begin * weight.columns / 2);
-  for (int64_t n = begin; n < end; ++n, packed += plan.words, scales += plan.blocks) {
-    one_row<M>(plan, packed, scales, io, input, n, weight.rows);
+  const int64_t width = laid_out_width(weight.columns);
+  const uint8_t* codes = weight.packed + begin * plan.row_bytes;
+  for (int64_t n = begin; n < end; ++n, codes += plan.row_bytes, scales += plan.blocks) {
+    one_row<M>(plan, codes, scales, io, width, input, n, weight.rows);
   }
 }
 
-void few_rows(const Weight& weight, const FewRows& io, int64_t begin, int64_t end) {
-  const Plan plan(weight);
+template <typename Plan>
+PEFTKERN_INLINE void few_rows_by(const Plan& plan, const Weight& weight, const FewRows& io,
+                                 int64_t begin, int64_t end) {
   const int64_t tile = min(kTile, kTileScales / plan.blocks);
   float buffer[kTileScales];
   for (int64_t n = begin; n < end; n += tile) {
@@ -194,6 +237,11 @@ void few_rows(const Weight& weight, const FewRows& io, int64_t begin, int64_t en
         break;
     }
   }
+}
+
+void few_rows(const Weight& weight, const FewRows& io, int64_t begin, int64_t end) {
+  if (weight.bits == 8) return few_rows_by(BytePlan(weight), weight, io, begin, end);
+  few_rows_by(NibblePlan(weight), weight, io, begin, end);
 }
 
 }  // namespace peftkern::qlora::PEFTKERN_ISA
