@@ -186,8 +186,8 @@ def training(quick: bool) -> Iterator[Row]:
 def quantizing(quick: bool) -> Iterator[Row]:
     def reference_build() -> Callable[[Tensor], Any]:
         codebook = torch.tensor(reference.NF4)
-        thresholds = reference.midpoints(codebook)
-        return lambda w: (*reference.quantize(w, thresholds, BLOCK_SIZE), codebook, w.shape)
+        tables = qlora.formats["nf4"].tables(codebook.device)
+        return lambda w: (*reference.quantize(w, *tables, BLOCK_SIZE), codebook, w.shape)
 
     def round_trip(w: Tensor) -> Tensor:
         return reference.dequantize(*reference_build()(w), BLOCK_SIZE)

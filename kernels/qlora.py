@@ -42,19 +42,42 @@ def _dequantize_kernel(
     tl.store(out_ptr + element, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _dequantize_rows_kernel(
+    codes_ptr,  # [rows, columns] int8
+    absmax_ptr,  # [rows] float32
+    out_ptr,  # [rows, columns]
+    count,
+    columns,
+    BLOCK: tl.constexpr,
+):
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = element < count
+    code = tl.load(codes_ptr + element, mask=mask, other=0).to(tl.float32)
+    # A division that rounds to nearest, as everywhere else; `/` is off by an ulp on a GPU.
+    scale = tl.div_rn(tl.load(absmax_ptr + element // columns, mask=mask, other=0), 127.0)
+    tl.store(out_ptr + element, (code * scale).to(out_ptr.dtype.element_ty), mask=mask)
+
+
 def dequantize(weight: Sequence[Tensor], layout: Sequence[int], out: Tensor) -> None:
     count = out.numel()
     if count == 0:
         return
+    grid = (triton.cdiv(count, BLOCK_ELEMENTS),)
+    _, _, columns, block_size, bits = layout
+    if bits == 8:
+        codes, absmax = weight
+        _dequantize_rows_kernel[grid](codes, absmax, out, count, columns, BLOCK=BLOCK_ELEMENTS)
+        return
     packed, absmax, codebook, *nested = weight
-    _dequantize_kernel[(triton.cdiv(count, BLOCK_ELEMENTS),)](
+    _dequantize_kernel[grid](
         packed,
         absmax,
         codebook,
         *(nested or [None] * 3),
         out,
         count,
-        layout[-1],
+        block_size,
         NESTED=bool(nested),
         NESTED_BLOCK=NESTED_BLOCK,
         BLOCK=BLOCK_ELEMENTS,

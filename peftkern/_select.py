@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftkern import _check
-from peftkern.qlora import LoraConfig, QLoRALinear, formats
+from peftkern.qlora import LoraConfig, QLoRALinear, bnb, formats
 
 # Routers choose experts; what they decide is not what an adapter should shift unasked.
 ROUTER_NAME = re.compile(r"(^|\.)(gate|\w*expert_gate|\w*router\w*)(\.|$)")
@@ -86,9 +86,11 @@ def obstacle(
     weight = module._parameters.get("weight")
     if is_a(module, "bitsandbytes", "Linear4bit"):
         return _obstacle_4bit(getattr(weight, "quant_state", None))
+    if is_a(module, "bitsandbytes", "Linear8bitLt"):
+        return _obstacle_8bit(module)
     transposed = is_a(module, "transformers", "Conv1D")
     if not transposed and getattr(type(module), "forward", None) is not nn.Linear.forward:
-        return f"{kind} is none of nn.Linear, Conv1D and Linear4bit"
+        return f"{kind} is none of nn.Linear, Conv1D, Linear4bit and Linear8bitLt"
     if weight is None:
         return "its weight is computed, not stored"
     if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
@@ -104,14 +106,29 @@ def obstacle(
     return None
 
 
+NOT_YET = "not quantised yet: bitsandbytes does it when the model moves to its device"
+
+
 def _obstacle_4bit(state: Any) -> str | None:
     if state is None:
-        return "not quantised yet: bitsandbytes does it when the model moves to its device"
+        return NOT_YET
     if state.quant_type not in formats:
         return f"its format {state.quant_type} is none of {', '.join(formats)}"
     if getattr(state, "packing_format_for_cpu", False):
         return "bitsandbytes has repacked it at an eval forward, with other scales"
     return None
+
+
+def _obstacle_8bit(module: nn.Module) -> str | None:
+    state: Any = module.state
+    if state.has_fp16_weights:
+        return "its weight is kept in float, and quantised at every forward"
+    if state.threshold > 0:
+        return (
+            f"its threshold is {state.threshold:g}: activations beyond it take a way of their own, "
+            "which peftkern lacks"
+        )
+    return None if bnb.is_quantized(module) else NOT_YET
 
 
 def _closed(model: nn.Module, places: list[str]) -> str | None:

@@ -9,7 +9,8 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from peftkern import _peft, _select
-from peftkern.qlora import LoraConfig, QLoRALinear, quantize
+from peftkern.qlora import LoraConfig, QLoRALinear
+from peftkern.qlora.layer import quantized_base
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -49,8 +50,8 @@ def adapt(model: Model, config: object) -> Model:
     stays shared, so it is not quantised; `report(model)` lists that and all that was left out.
 
     Args:
-        model: holds `nn.Linear`, bitsandbytes' `Linear4bit` or, where the config quantises its
-            base, transformers' `Conv1D`.
+        model: holds `nn.Linear`, bitsandbytes' `Linear4bit`, its `Linear8bitLt` with a threshold of
+            0 or, where the config quantises its base, transformers' `Conv1D`.
         config: a `LoraConfig`, of ours or of peft where it means the same thing, or a tuple of
             them, applied in order.
 
@@ -136,8 +137,8 @@ def place(model: nn.Module, plan: Plan) -> None:
 
 def _build(module: nn.Module, config: LoraConfig) -> QLoRALinear:
     if _select.is_a(module, "transformers", "Conv1D"):
-        assert isinstance(module.weight, Tensor) and config.base is not None
-        base = quantize(module.weight.t(), config.base, config.block_size, config.nested)
+        assert isinstance(module.weight, Tensor)
+        base = quantized_base(module.weight.t(), config)
         layer = QLoRALinear(base, module.bias, config).train(module.training)  # type: ignore[arg-type]
     else:
         layer = QLoRALinear.from_config(module, config)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from samples import FORMATS, quantized
 
-from peftkern import qlora
 from peftkern.qlora import fallback
 
 triton_qlora = pytest.importorskip("peftkern.kernels.qlora", reason="needs triton")
@@ -16,9 +16,10 @@ triton_qlora = pytest.importorskip("peftkern.kernels.qlora", reason="needs trito
     block_size=st.sampled_from([16, 64, 4096]),
     nested=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    format=st.sampled_from(FORMATS),
 )
-def test_dequantize_is_the_reference(device, shape, block_size, nested, dtype):
-    weight = qlora.quantize(torch.randn(shape), "nf4", block_size, nested).to(device)
+def test_dequantize_is_the_reference(device, shape, block_size, nested, dtype, format):
+    weight = quantized(torch.randn(shape), format, block_size, nested).to(device)
     out = torch.empty(shape, dtype=dtype, device=device)
     triton_qlora.dequantize(weight.buffers, weight.layout, out)
     wanted = fallback.dense(weight.buffers, weight.layout).view(shape).to(dtype)

@@ -7,7 +7,7 @@ import torch
 from close import assert_as_good
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import sample
+from samples import FORMATS, sample
 
 from peftkern import qlora
 from peftkern.qlora import fallback, reference
@@ -22,9 +22,12 @@ SIZES = st.integers(1, 70)
     inputs=st.integers(1, 5),
     p=st.sampled_from([0.0, 0.4]),
     quantized=st.booleans(),
+    format=st.sampled_from(FORMATS),
 )
-def test_every_gradient(isa, rows, columns, inputs, p, quantized):
-    x, weight, *parameters = sample(rows, columns, inputs, 2, torch.float64, block_size=16)
+def test_every_gradient(isa, rows, columns, inputs, p, quantized, format):
+    x, weight, *parameters = sample(
+        rows, columns, inputs, 2, torch.float64, block_size=16, format=format
+    )
     leaves = [x, *parameters] if quantized else [x, *parameters, weight.dequantize(torch.float64)]
     for leaf in leaves:
         leaf.requires_grad_()
@@ -40,9 +43,12 @@ def test_every_gradient(isa, rows, columns, inputs, p, quantized):
     experts=st.integers(1, 3),
     mixed=st.booleans(),
     quantized=st.booleans(),
+    format=st.sampled_from(FORMATS),
 )
-def test_every_gradient_of_experts(isa, inputs, experts, mixed, quantized):
-    x, weight, *parameters = sample(3, 10, inputs, 2, torch.float64, 16, experts=experts)
+def test_every_gradient_of_experts(isa, inputs, experts, mixed, quantized, format):
+    x, weight, *parameters = sample(
+        3, 10, inputs, 2, torch.float64, 16, experts=experts, format=format
+    )
     leaves = [x, *parameters] if quantized else [x, *parameters, weight.dequantize(torch.float64)]
     for leaf in leaves:
         leaf.requires_grad_()
@@ -62,9 +68,10 @@ def test_every_gradient_of_experts(isa, inputs, experts, mixed, quantized):
     inputs=st.integers(1, 40),
     dtype=st.sampled_from(DTYPES),
     p=st.sampled_from([0.0, 0.4]),
+    format=st.sampled_from(FORMATS),
 )
-def test_gradients_lose_no_more_than_plain_torch(isa, rows, columns, inputs, dtype, p):
-    x, weight, *parameters = sample(rows, columns, inputs, 5, dtype)
+def test_gradients_lose_no_more_than_plain_torch(isa, rows, columns, inputs, dtype, p, format):
+    x, weight, *parameters = sample(rows, columns, inputs, 5, dtype, format=format)
     grad = torch.randn(inputs, rows, dtype=dtype)
     seed = torch.tensor([11])
 
@@ -88,7 +95,7 @@ def backward_arguments(experts, mixed, dense):
     x, weight, *parameters = sample(3, 10, inputs, rank, torch.float64, 16, experts=experts)
     base, layout = weight.buffers, weight.layout
     if dense:
-        base, layout = [weight.dequantize(torch.float64)], [experts or 1, 3, 10, 0]
+        base, layout = [weight.dequantize(torch.float64)], [experts or 1, 3, 10, 0, 0]
     offsets = torch.tensor([i * inputs // experts for i in range(experts + 1)]) if experts else None
     adapter = torch.arange(inputs, dtype=torch.int32) % (experts + 1) - 1 if mixed else None
     rest = [base, layout, *parameters, 1.5, 0.3, torch.tensor([9]), offsets, adapter]
@@ -144,9 +151,10 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.parametrize(
     ("rows", "columns", "inputs"), [(0, 32, 3), (8, 0, 3), (8, 0, 40), (8, 32, 0)]
 )
-@pytest.mark.parametrize("quantized", [True, False])
-def test_an_empty_side_is_a_product_too(isa, rows, columns, inputs, quantized):
-    x, weight, *parameters = sample(rows, columns, inputs, 2)
+@pytest.mark.parametrize("format", [*FORMATS, "dense"])
+def test_an_empty_side_is_a_product_too(isa, rows, columns, inputs, format):
+    quantized = format != "dense"
+    x, weight, *parameters = sample(rows, columns, inputs, 2, format=format if quantized else "nf4")
     base = weight if quantized else weight.dequantize()
     leaves = [t.requires_grad_() for t in (x, *parameters)]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from close import assert_as_good
-from samples import sample
+from samples import FORMATS, sample
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,8 +13,9 @@ from peftkern.qlora import reference
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inputs", [0, 3, 20])
-def test_the_ops_are_well_registered(dtype, inputs):
-    x, weight, bias, lora_a, lora_b = sample(8, 32, inputs, 2, dtype, nested=True)
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_ops_are_well_registered(dtype, inputs, format):
+    x, weight, bias, lora_a, lora_b = sample(8, 32, inputs, 2, dtype, nested=True, format=format)
     seed = torch.tensor([3])
     rest = [bias, lora_a, lora_b, 0.5, 0.25, seed, None, None]
     down = torch.randn(inputs, 2)
@@ -23,7 +24,10 @@ def test_the_ops_are_well_registered(dtype, inputs):
     # The raw ops have no gradient by design: the Function around them has it.
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for name, args in {
-        "qlora_quantize": (out.normal_(), reference.midpoints(weight.codebook), 64),
+        "qlora_quantize": (
+            out.normal_(), weight.format.tables(out.device), weight.block_size or 0,
+            weight.format.bits,
+        ),
         "qlora_dequantize": (weight.buffers, weight.layout, out),
         "qlora_linear": (x, weight.buffers, weight.layout, *rest),
         "qlora_linear_bwd": (
@@ -34,11 +38,10 @@ def test_the_ops_are_well_registered(dtype, inputs):
         torch.library.opcheck(getattr(op, name).default, args, test_utils=tests)
 
 
-@pytest.mark.parametrize("quantized", [True, False])
-@pytest.mark.parametrize("p", [0.0, 0.5])
-def test_it_compiles_to_one_graph(quantized, p):
-    x, weight, bias, lora_a, lora_b = sample(8, 32, 5, 2)
-    base = weight if quantized else weight.dequantize()
+@pytest.mark.parametrize(("format", "p"), [(f, 0.0) for f in FORMATS] + [("nf4", 0.5), (None, 0.5)])
+def test_it_compiles_to_one_graph(format, p):
+    x, weight, bias, lora_a, lora_b = sample(8, 32, 5, 2, format=format or "nf4")
+    base = weight if format else weight.dequantize()
     leaves = [t.requires_grad_() for t in (x, bias, lora_a, lora_b)]
 
     def run(x, bias, lora_a, lora_b):
@@ -56,8 +59,9 @@ def test_it_compiles_to_one_graph(quantized, p):
         assert torch.equal(a, b)
 
 
-def test_experts_and_dequantize_compile_to_one_graph():
-    x, weight, bias, lora_a, lora_b = sample(8, 32, 5, 2, experts=2)
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_experts_and_dequantize_compile_to_one_graph(format):
+    x, weight, bias, lora_a, lora_b = sample(8, 32, 5, 2, experts=2, format=format)
     offsets = torch.tensor([0, 2, 5])
 
     def run(x):
@@ -67,9 +71,9 @@ def test_experts_and_dequantize_compile_to_one_graph():
         assert torch.equal(found, wanted)
 
 
-def outputs(inputs, dtype, threads):
+def outputs(inputs, dtype, threads, format="nf4"):
     """y, the gradients of bias, lora_a, lora_b and x, and the dense weight."""
-    x, weight, bias, lora_a, lora_b = sample(300, 576, inputs, 16, dtype)
+    x, weight, bias, lora_a, lora_b = sample(300, 576, inputs, 16, dtype, format=format)
     leaves = [t.requires_grad_() for t in (bias, lora_a, lora_b, x)]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -82,11 +86,13 @@ def outputs(inputs, dtype, threads):
 
 @pytest.mark.parametrize("inputs", [1, 3, 16, 17, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_threads_do_not_change_bits(isa, inputs, dtype):
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_threads_do_not_change_bits(isa, inputs, dtype, format):
     """Of our kernels. The library may split its sums: y of many rows, the gradient of x."""
-    once = outputs(inputs, dtype, 1)
+    once = outputs(inputs, dtype, 1, format)
     for threads in (2, 3, 1):
-        for i, (a, b) in enumerate(zip(once, outputs(inputs, dtype, threads), strict=True)):
+        again = outputs(inputs, dtype, threads, format)
+        for i, (a, b) in enumerate(zip(once, again, strict=True)):
             if (i == 0 and inputs > 16) or i == 4:
                 torch.testing.assert_close(a, b)
             else:
@@ -100,9 +106,10 @@ def test_two_runs_give_the_same_bits(isa, inputs):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_how_rows_are_split_changes_roundings_at_most(isa):
+@pytest.mark.parametrize("format", FORMATS)
+def test_how_rows_are_split_changes_roundings_at_most(isa, format):
     """Past a number of rows another kernel takes over; within one not a bit changes (test.cpp)."""
-    x, weight, *_ = sample(40, 128, 70, 2)
+    x, weight, *_ = sample(40, 128, 70, 2, format=format)
     dense = weight.dequantize()
     for cut in (1, 2, 3, 5, 33, 64, 69):
         parts = torch.cat([qlora.linear(x[:cut], weight), qlora.linear(x[cut:], weight)])

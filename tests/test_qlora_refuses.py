@@ -70,7 +70,7 @@ def test_quantize_and_dequantize_refuse():
     w = torch.ones(4, 32)
     with pytest.raises(TypeError, match="weight must be float32"):
         qlora.quantize(w.int())
-    with pytest.raises(ValueError, match="format must be one of nf4, got 'nf5'"):
+    with pytest.raises(ValueError, match="format must be one of nf4, fp4, int8, got 'nf5'"):
         qlora.quantize(w, "nf5")
     with pytest.raises(ValueError, match="block_size must be one of .* got 48"):
         qlora.quantize(w, block_size=48)
@@ -94,7 +94,7 @@ def test_a_raw_op_cannot_leave_its_memory():
     for bad in (
         (x[:, :31].contiguous(), buffers, layout, bias, lora_a, lora_b, *rest),
         (x.t(), buffers, layout, bias, lora_a, lora_b, *rest),
-        (x, buffers, [1, 9, 32, 64], bias, lora_a, lora_b, *rest),
+        (x, buffers, [1, 9, 32, 64, 4], bias, lora_a, lora_b, *rest),
         (x, buffers[:1], layout, bias, lora_a, lora_b, *rest),
         (x, buffers, layout, bias[:7], lora_a, lora_b, *rest),
         (x, buffers, layout, bias, lora_a, lora_b[:7], *rest),

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftkern.qlora import LoraConfig, QLoRALinear, dequantize, quantize, reference
-from peftkern.qlora.weight import BITSANDBYTES_BLOCK_SIZES
+from peftkern.qlora.bnb import READ_BLOCK_SIZES
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = st.lists(st.integers(0, 24), min_size=1, max_size=3).filter(
@@ -35,7 +35,7 @@ def block(*values, size=32):
 
 @given(
     shape=SHAPES,
-    block_size=st.sampled_from(BITSANDBYTES_BLOCK_SIZES),
+    block_size=st.sampled_from(READ_BLOCK_SIZES),
     dtype=st.sampled_from(FLOATS),
     seed=st.integers(0, 99),
 )
@@ -48,7 +48,7 @@ def test_the_bytes_are_those_of_bitsandbytes(isa, shape, block_size, dtype, seed
     assert (ours.shape, ours.dtype) == (state.shape, state.dtype) == (weight.shape, dtype)
 
 
-@pytest.mark.parametrize("block_size", BITSANDBYTES_BLOCK_SIZES)
+@pytest.mark.parametrize("block_size", READ_BLOCK_SIZES)
 @pytest.mark.parametrize("shape", [(128, 4096), (65, 129), (8193,)])
 def test_the_bytes_are_those_of_bitsandbytes_over_many_blocks(isa, block_size, shape):
     weight = normal(shape)
@@ -57,7 +57,7 @@ def test_the_bytes_are_those_of_bitsandbytes_over_many_blocks(isa, block_size, s
     assert torch.equal(ours.packed, packed) and torch.equal(ours.absmax, state.absmax)
 
 
-@given(shape=SHAPES, block_size=st.sampled_from(BITSANDBYTES_BLOCK_SIZES), seed=st.integers(0, 99))
+@given(shape=SHAPES, block_size=st.sampled_from(READ_BLOCK_SIZES), seed=st.integers(0, 99))
 def test_nested_scales_are_those_of_bitsandbytes_rounded_to_the_nearest(shape, block_size, seed):
     """bitsandbytes on a CPU rounds over a grid of 2^-15, and equal scales to a code of -0.99."""
     weight = normal(shape, seed=seed)
@@ -177,7 +177,7 @@ def test_an_infinity_is_the_scale_of_its_block(isa):
 
 @given(
     shape=SHAPES,
-    block_size=st.sampled_from(BITSANDBYTES_BLOCK_SIZES),
+    block_size=st.sampled_from(READ_BLOCK_SIZES),
     nested=st.booleans(),
     seed=st.integers(0, 99),
 )
@@ -243,7 +243,7 @@ def test_refused_sizes_and_names():
     for size in (8, 48, 8192):
         with pytest.raises(ValueError, match=f"^block_size must be one of .*, got {size}"):
             quantize(weight, "nf4", size)
-    with pytest.raises(ValueError, match="^format must be one of nf4, got 'int3'"):
+    with pytest.raises(ValueError, match="^format must be one of nf4, fp4, int8, got 'int3'"):
         quantize(weight, "int3")
     with pytest.raises(TypeError, match="^weight must be float32"):
         quantize(weight.long())

@@ -73,6 +73,17 @@ PEFTKERN_INLINE void narrow(uint16_t* to, U v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
                    _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000)));
 }
+PEFTKERN_INLINE F load(const int8_t* from) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+}
+PEFTKERN_INLINE void narrow(int8_t* to, U v) {
+  const __m256i first_bytes = _mm256_set1_epi32(0x0C080400);  // of the four lanes of each half
+  const __m256i fours = _mm256_shuffle_epi8(__m256i(v), first_bytes);
+  const __m128i bytes =
+      _mm_unpacklo_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), bytes);
+}
 
 // code + step where v is not at most this; what is no number counts as above.
 PEFTKERN_INLINE U step_up(U code, uint32_t step, F v, F threshold) {

@@ -72,5 +72,12 @@ PEFTKERN_INLINE U widen(const uint16_t* from) {
 PEFTKERN_INLINE void narrow(uint16_t* to, U v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(__m512i(v)));
 }
+PEFTKERN_INLINE F load(const int8_t* from) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
+PEFTKERN_INLINE void narrow(int8_t* to, U v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(__m512i(v)));
+}
 
 }  // namespace peftkern::PEFTKERN_ISA

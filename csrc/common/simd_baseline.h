@@ -108,6 +108,14 @@ PEFTKERN_INLINE U widen(const uint16_t* from) {
 PEFTKERN_INLINE void narrow(uint16_t* to, U v) {
   for (int i = 0; i < W; ++i) to[i] = static_cast<uint16_t>(v[i]);
 }
+PEFTKERN_INLINE F load(const int8_t* from) {
+  F v;
+  for (int i = 0; i < W; ++i) v[i] = static_cast<float>(from[i]);
+  return v;
+}
+PEFTKERN_INLINE void narrow(int8_t* to, U v) {
+  for (int i = 0; i < W; ++i) to[i] = static_cast<int8_t>(v[i] & 0xFFu);
+}
 
 // code + step where v is not at most this; what is no number counts as above.
 PEFTKERN_INLINE U step_up(U code, uint32_t step, F v, F threshold) {

@@ -12,6 +12,8 @@ inline constexpr int64_t kPanelBytes = int64_t{16} << 20;
 // Of W, what is cut into panels.
 enum class Side { rows, columns };
 
+inline bool is_block_size(int64_t block) { return block >= 16 && (block & (block - 1)) == 0; }
+
 class Base {
  public:
   int64_t experts, rows, columns;
@@ -20,41 +22,29 @@ class Base {
   // `weight` as in peftkern/qlora/ops.py: one dense tensor, or the buffers of a QuantizedWeight.
   Base(const std::vector<Tensor>& weight, const std::vector<int64_t>& layout)
       : experts(at(layout, 0)), rows(at(layout, 1)), columns(at(layout, 2)), weight_(weight) {
-    STD_TORCH_CHECK(layout.size() == 4 && std::min({experts, rows, columns}) >= 0,
-                    "layout must be experts, rows, columns, block size");
-    const int64_t block = layout[3], count = experts * rows * columns;
+    STD_TORCH_CHECK(layout.size() == 5 && std::min({experts, rows, columns}) >= 0,
+                    "layout must be experts, rows, columns, block size, bits");
+    const int64_t block = layout[3], bits = layout[4];
     const size_t tensors = weight.size();
-    STD_TORCH_CHECK(block == 0 ? tensors == 1 : tensors == 3 || tensors == 6,
+    STD_TORCH_CHECK(bits == 0   ? tensors == 1
+                    : bits == 4 ? tensors == 3 || tensors == 6
+                                : bits == 8 && tensors == 2,
                     "weight must be one dense tensor or the buffers of a quantised one");
-    if (block == 0) {
-      check_count(weight[0], "weight", count);
-      return;
-    }
-    STD_TORCH_CHECK(block >= 16 && (block & (block - 1)) == 0, "block_size must be a power of two");
-    const int64_t blocks = (count + block - 1) / block;
-    codes.packed = buffer<uint8_t>(0, "packed", (count + 1) / 2, ScalarType::Byte);
-    codes.codebook = buffer<float>(2, "codebook", 16, ScalarType::Float);
     codes.rows = experts * rows;
     codes.columns = columns;
-    codes.block = block;
-    if (tensors == 3) {
-      codes.absmax = buffer<float>(1, "absmax", blocks, ScalarType::Float);
-      return;
-    }
-    const int64_t nested = (blocks + kNestedBlock - 1) / kNestedBlock;
-    codes.codes = buffer<uint8_t>(1, "absmax", blocks, ScalarType::Byte);
-    codes.nested_absmax = buffer<float>(3, "nested_absmax", nested, ScalarType::Float);
-    codes.map = buffer<float>(4, "nested_map", 256, ScalarType::Float);
-    codes.offset = *buffer<float>(5, "nested_offset", 1, ScalarType::Float);
+    codes.bits = bits;
+    if (bits == 0) check_count(weight[0], "weight", codes.rows * columns);
+    if (bits == 4) take_nibbles(block, codes.rows * columns);
+    if (bits == 8) take_bytes();
   }
 
-  bool is_dense() const { return codes.block == 0; }
+  bool is_dense() const { return codes.bits == 0; }
 
   // One expert's rows as a weight of their own, for few_rows. It must be made of whole blocks.
   Weight of_expert(int64_t expert) const {
     Weight w = codes;
     const int64_t first = expert * rows * columns;
-    w.packed += first / 2;
+    w.packed += first * w.bits / 8;
     w.first_block = first / w.block;
     w.rows = rows;
     return w;
@@ -117,6 +107,31 @@ class Base {
                     int64_t column_end) const {
     return Matrix::of(weight_[0], experts * rows, columns)
         .part(expert * rows + row_begin, expert * rows + row_end, column_begin, column_end);
+  }
+
+  void take_nibbles(int64_t block, int64_t count) {
+    STD_TORCH_CHECK(is_block_size(block), "block_size must be a power of two");
+    const int64_t blocks = (count + block - 1) / block;
+    codes.packed = buffer<uint8_t>(0, "packed", (count + 1) / 2, ScalarType::Byte);
+    codes.codebook = buffer<float>(2, "codebook", 16, ScalarType::Float);
+    codes.block = block;
+    if (weight_.size() == 3) {
+      codes.absmax = buffer<float>(1, "absmax", blocks, ScalarType::Float);
+      return;
+    }
+    const int64_t nested = (blocks + kNestedBlock - 1) / kNestedBlock;
+    codes.codes = buffer<uint8_t>(1, "absmax", blocks, ScalarType::Byte);
+    codes.nested_absmax = buffer<float>(3, "nested_absmax", nested, ScalarType::Float);
+    codes.map = buffer<float>(4, "nested_map", 256, ScalarType::Float);
+    codes.offset = *buffer<float>(5, "nested_offset", 1, ScalarType::Float);
+  }
+
+  void take_bytes() {
+    const int64_t count = codes.rows * columns;
+    codes.packed =
+        reinterpret_cast<const uint8_t*>(buffer<int8_t>(0, "packed", count, ScalarType::Char));
+    codes.absmax = buffer<float>(1, "absmax", codes.rows, ScalarType::Float);
+    codes.block = columns;
   }
 
   static int64_t at(const std::vector<int64_t>& layout, size_t i) {

@@ -8,10 +8,11 @@
 namespace peftkern::qlora::PEFTKERN_ISA {
 
 template <typename T>
-constexpr TypedKernels<T> typed{quantize<T>, dequantize<T>, dropout<T>, to_float<T>, from_float<T>};
+constexpr TypedKernels<T> typed{quantize<T>, quantize_rows<T>, dequantize<T>,
+                                dropout<T>,  to_float<T>,      from_float<T>};
 
 extern const Kernels kernels{typed<float>,          typed<double>, typed<peftkern::bf16>,
-                             typed<peftkern::fp16>, interleave,    interleaved_width,
+                             typed<peftkern::fp16>, lay_out,       laid_out_width,
                              serves_few_rows,       few_rows,      tiles,
                              kMostFewRows,          kMostTiles,    {product, dots},
                              {product, dots}};

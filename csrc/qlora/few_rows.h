@@ -1,134 +1,15 @@
 // Few rows of x times W^T, straight from the packed bytes: each weight is decoded in registers,
 // once for a group of rows.
 #pragma once
-#include "qlora/codes.h"
+#include "qlora/chunks.h"
 
 namespace peftkern::qlora::PEFTKERN_ISA {
-
-// A chunk is a vector of packed bytes, 8 W codes. `decode` makes eight vectors of it; lane l of
-// vector k is element kPlace[k] + kLane(l) of the chunk, and x is laid out alike.
-inline constexpr int64_t kChunk = 8 * W;
-
-#if defined(__AVX2__) && !defined(__AVX512F__)
-
-// Without a lookup among 16 floats, the bytes of a float are looked up by themselves, 32 codes at a
-// time, and put together: 15 instructions for 32 weights, where two half tables and a blend
-// take 28.
-struct Decoder {
-  __m256i bytes[4];
-
-  explicit Decoder(const float* codebook) {
-    uint8_t plane[16];
-    for (int b = 0; b < 4; ++b) {
-      for (int i = 0; i < 16; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, codebook + i, sizeof bits);
-        plane[i] = static_cast<uint8_t>(bits >> (8 * b));
-      }
-      bytes[b] = _mm256_broadcastsi128_si256(load_bits<__m128i>(plane));
-    }
-  }
-};
-inline constexpr int64_t kLeastBlock = 32;  // a lane's elements share a scale
-inline constexpr int kPlace[8] = {0, 8, 16, 24, 1, 9, 17, 25};
-PEFTKERN_INLINE uint32_t lane_place(uint32_t l) { return l / 4 * 32 + l % 4 * 2; }
-
-PEFTKERN_INLINE void decode_half(const Decoder& d, __m256i codes, F* values) {
-  const __m256i b0 = _mm256_shuffle_epi8(d.bytes[0], codes);
-  const __m256i b1 = _mm256_shuffle_epi8(d.bytes[1], codes);
-  const __m256i b2 = _mm256_shuffle_epi8(d.bytes[2], codes);
-  const __m256i b3 = _mm256_shuffle_epi8(d.bytes[3], codes);
-  const __m256i low0 = _mm256_unpacklo_epi8(b0, b1), high0 = _mm256_unpacklo_epi8(b2, b3);
-  const __m256i low1 = _mm256_unpackhi_epi8(b0, b1), high1 = _mm256_unpackhi_epi8(b2, b3);
-  values[0] = F(_mm256_unpacklo_epi16(low0, high0));
-  values[1] = F(_mm256_unpackhi_epi16(low0, high0));
-  values[2] = F(_mm256_unpacklo_epi16(low1, high1));
-  values[3] = F(_mm256_unpackhi_epi16(low1, high1));
-}
-
-PEFTKERN_INLINE void decode(const Decoder& d, U word, F* values) {
-  const __m256i nibble = _mm256_set1_epi8(15);
-  decode_half(d, _mm256_and_si256(__m256i(word >> 4), nibble), values);
-  decode_half(d, _mm256_and_si256(__m256i(word), nibble), values + 4);
-}
-
-#else
-
-struct Decoder {
-  Table table;
-  explicit Decoder(const float* codebook) : table(codebook) {}
-};
-inline constexpr int64_t kLeastBlock = 8;
-inline constexpr int kPlace[8] = {0, 1, 2, 3, 4, 5, 6, 7};
-PEFTKERN_INLINE uint32_t lane_place(uint32_t l) { return 8 * l; }
-
-PEFTKERN_INLINE void decode(const Decoder& d, U word, F* values) {
-  constexpr int kShift[8] = {4, 0, 12, 8, 20, 16, 28, 24};
-  PEFTKERN_UNROLL
-  for (int k = 0; k < 8; ++k) values[k] = Table::look_up(d.table, word >> kShift[k]);
-}
-
-#endif
 
 // How far ahead of the codes in use memory is asked for: rows follow one another, but the hardware
 // asks for a new page only once it is touched.
 inline constexpr int64_t kAhead = 2048;
-int64_t interleaved_width(int64_t columns) { return (columns + kChunk - 1) / kChunk * kChunk; }
-
-// out[chunk][k][m][l] = x[m, chunk * kChunk + kPlace[k] + lane_place(l)], zeros behind the end, for
-// the `group` rows of x.
-void interleave(const float* x, int64_t group, int64_t columns, float* out) {
-  for (int64_t begin = 0; begin < columns; begin += kChunk) {
-    for (int k = 0; k < 8; ++k) {
-      for (int64_t m = 0; m < group; ++m, out += W) {
-        for (uint32_t l = 0; l < W; ++l) {
-          const int64_t i = begin + kPlace[k] + lane_place(l);
-          out[l] = i < columns ? x[m * columns + i] : 0.0f;
-        }
-      }
-    }
-  }
-}
-
 // A tile of rows stays in the cache while every row of x passes, and its scales are decoded once.
 inline constexpr int64_t kTile = 16;
-inline constexpr int64_t kTileScales = 4096;
-
-bool serves_few_rows(const Weight& weight) {
-  return weight.columns > 0 && weight.columns % weight.block == 0 && weight.block >= kLeastBlock &&
-         weight.columns / weight.block <= kTileScales;
-}
-
-// What all rows have in common.
-struct Plan {
-  Decoder decoder;
-  int64_t width;             // of a row of x
-  int64_t words;             // of 8 codes, in a row
-  int64_t blocks;            // in a row
-  int64_t per_chunk;         // scales in a chunk; 0 where a block is longer than a chunk
-  int64_t chunks_per_block;  // 0 where it is shorter
-  U index;                   // which of a chunk's scales a lane takes
-
-  explicit Plan(const Weight& weight)
-      : decoder(weight.codebook),
-        width(interleaved_width(weight.columns)),
-        words(weight.columns / 8),
-        blocks(weight.columns / weight.block),
-        per_chunk(kChunk / weight.block),
-        chunks_per_block(weight.block / kChunk),
-        index{} {
-    for (uint32_t l = 0; l < W; ++l) index[l] = lane_place(l) / static_cast<uint32_t>(weight.block);
-  }
-};
-
-// The scale of each lane. Lanes behind the row's end get zero: a row is whole blocks.
-PEFTKERN_INLINE F chunk_scale(const Plan& plan, const float* scales, int64_t chunk) {
-  if (plan.per_chunk == 0) return splat(scales[chunk / plan.chunks_per_block]);
-  const int64_t first = chunk * plan.per_chunk;
-  if (plan.per_chunk == 1) return splat(scales[first]);
-  const int64_t count = min(plan.per_chunk, plan.blocks - first);
-  return permute(load_first(scales + first, count), plan.index);
-}
 
 // The low-rank term, one more stretch of the same sum; and the bias.
 PEFTKERN_INLINE float finish(const FewRows& io, F total, int64_t input, int64_t n) {
@@ -140,16 +21,15 @@ PEFTKERN_INLINE float finish(const FewRows& io, F total, int64_t input, int64_t 
 }
 
 // Row n of W, whose codes and scales are given, times M rows of x.
-template <int M>
-PEFTKERN_INLINE void one_row(const Plan& plan, const uint32_t* packed, const float* scales,
-                             const FewRows& io, int64_t input, int64_t n, int64_t rows) {
-  const float* x = io.x + input * plan.width;  // a group of M rows
+template <int M, typename Plan>
+PEFTKERN_INLINE void one_row(const Plan& plan, const uint8_t* codes, const float* scales,
+                             const FewRows& io, int64_t width, int64_t input, int64_t n,
+                             int64_t rows) {
+  const float* x = io.x + input * width;  // a group of M rows
   F total[M] = {};
-  for (int64_t chunk = 0; chunk * W < plan.words; ++chunk, x += M * kChunk) {
-    const U word = load_first(packed + chunk * W, plan.words - chunk * W);
-    __builtin_prefetch(reinterpret_cast<const char*>(packed + chunk * W) + kAhead);
+  for (int64_t chunk = 0; chunk * kChunk < width; ++chunk, x += M * kChunk) {
     F value[8], part[M] = {};
-    decode(plan.decoder, word, value);
+    decode(plan, codes, chunk, kAhead, value);
     PEFTKERN_UNROLL
     for (int k = 0; k < 8; ++k) {
       PEFTKERN_UNROLL
@@ -165,18 +45,19 @@ PEFTKERN_INLINE void one_row(const Plan& plan, const uint32_t* packed, const flo
   for (int m = 0; m < M; ++m) io.y[(input + m) * rows + n] = finish(io, total[m], input + m, n);
 }
 
-template <int M>
+template <int M, typename Plan>
 PEFTKERN_INLINE void tile_of(const Plan& plan, const Weight& weight, const float* scales,
                              const FewRows& io, int64_t input, int64_t begin, int64_t end) {
-  const uint32_t* packed =
-      reinterpret_cast<const uint32_t*>(weight.packed + begin * weight.columns / 2);
-  for (int64_t n = begin; n < end; ++n, packed += plan.words, scales += plan.blocks) {
-    one_row<M>(plan, packed, scales, io, input, n, weight.rows);
+  const int64_t width = laid_out_width(weight.columns);
+  const uint8_t* codes = weight.packed + begin * plan.row_bytes;
+  for (int64_t n = begin; n < end; ++n, codes += plan.row_bytes, scales += plan.blocks) {
+    one_row<M>(plan, codes, scales, io, width, input, n, weight.rows);
   }
 }
 
-void few_rows(const Weight& weight, const FewRows& io, int64_t begin, int64_t end) {
-  const Plan plan(weight);
+template <typename Plan>
+PEFTKERN_INLINE void few_rows_by(const Plan& plan, const Weight& weight, const FewRows& io,
+                                 int64_t begin, int64_t end) {
   const int64_t tile = min(kTile, kTileScales / plan.blocks);
   float buffer[kTileScales];
   for (int64_t n = begin; n < end; n += tile) {
@@ -198,6 +79,11 @@ void few_rows(const Weight& weight, const FewRows& io, int64_t begin, int64_t en
       }
     }
   }
+}
+
+void few_rows(const Weight& weight, const FewRows& io, int64_t begin, int64_t end) {
+  if (weight.bits == 8) return few_rows_by(BytePlan(weight), weight, io, begin, end);
+  few_rows_by(NibblePlan(weight), weight, io, begin, end);
 }
 
 }  // namespace peftkern::qlora::PEFTKERN_ISA

@@ -1,12 +1,15 @@
-// qlora: a linear whose weight is quantised to 4 bits, with a low-rank term.
+// qlora: a linear whose weight is quantised to 4 or 8 bits, with a low-rank term.
 //
-//   W[i] = codebook[code[i]] * absmax[i / block]          over the flat, row-major weight
+//   4 bits:  W[i] = codebook[code[i]] * absmax[i / block]      over the flat, row-major weight
+//   8 bits:  W[n, k] = code[n, k] * (absmax[n] / 127)
 //
-// Codes: four bits each, in row-major order, the first of a pair in the high bits of its byte:
+// Codes of 4 bits, in row-major order, the first of a pair in the high bits of its byte:
 //   byte j = code[2j] << 4 | code[2j + 1]; an odd count ends with the code of zero.
 // Scales: float, or nested: absmax[b] = map[codes[b]] * nested_absmax[b / 256] + offset, two
 // roundings. block: a power of two, 16 to 4096; blocks run on from row to row where columns % block
 // != 0.
+// Codes of 8 bits are signed, -127 to 127, and a row of them shares a scale: its 127th part,
+// rounded once, is what every code of the row is multiplied by.
 //
 // W is formed in float and rounded at most once, alike in every kernel and on every instruction
 // set. Sums are float. Every kernel writes a range of outputs that the caller names; threads belong
@@ -24,20 +27,29 @@ inline constexpr int64_t kNestedBlock = 256;
 inline constexpr int64_t kGroup = 4;
 
 struct Weight {
-  const uint8_t* packed;       // [ceil(count / 2)]
+  const uint8_t* packed;       // [ceil(count / 2)]; int8 [count] for 8 bits
   const float* absmax;         // [ceil(count / block)], or null where the scales are nested
   const uint8_t* codes;        // [ceil(count / block)], nested scales
   const float* nested_absmax;  // [ceil(blocks / 256)]
   const float* map;            // [256]
   float offset;
-  const float* codebook;  // [16]
-  int64_t rows, columns, block;
+  const float* codebook;  // [16]; none for 8 bits
+  int64_t rows, columns;
+  int64_t block;        // for 8 bits a row, columns
+  int64_t bits;         // 4 or 8; 0 for a dense weight
   int64_t first_block;  // the scale that belongs to packed[0]; not 0 for one of several experts
+};
+
+// How a value becomes a code of 4 bits: the number of thresholds below it, times 1 / absmax, is its
+// rank, and each rank has a code. Thresholds rise; a value on one takes the lower rank.
+struct Rounding {
+  const float* thresholds;  // [15]
+  const uint8_t* codes;     // [16], each below 16
 };
 
 // y[m, n] = sum_k x[m, k] W[n, k] + sum_j down[m, j] lora_b[n, j] + bias[n]
 struct FewRows {
-  const float* x;       // what `interleave` wrote, by groups of kGroup rows and the rest
+  const float* x;       // what `lay_out` wrote, by groups of kGroup rows and the rest
   const float* down;    // [inputs, rank], the scale included
   const float* lora_b;  // [rows, rank], or null
   const float* bias;    // [rows], or null
@@ -81,8 +93,12 @@ struct SumKernels {
 template <typename T>
 struct TypedKernels {
   // Codes and scales of blocks [block_begin, block_end) of `weight` [count].
-  void (*quantize)(const T* weight, int64_t count, const float* thresholds, int64_t block,
+  void (*quantize)(const T* weight, int64_t count, const Rounding& rounding, int64_t block,
                    int64_t block_begin, int64_t block_end, uint8_t* packed, float* absmax);
+  // Codes of 8 bits and scales of rows [begin, end): code = w * (127 * (1 / absmax)), to the
+  // nearest, a tie to the even one; what is no number has the code of zero.
+  void (*quantize_rows)(const T* weight, int64_t columns, int64_t begin, int64_t end, int8_t* codes,
+                        float* absmax);
   // out[i - begin] = W[i], flat, for i in [begin, end). `past_caches`: what nobody reads soon, and
   // so need not be read before it is written either.
   void (*dequantize)(const Weight& weight, int64_t begin, int64_t end, bool past_caches, T* out);
@@ -99,10 +115,10 @@ struct Kernels {
   TypedKernels<double> f64;
   TypedKernels<peftkern::bf16> bf16;
   TypedKernels<peftkern::fp16> fp16;
-  // A group of rows of x in the order in which few_rows and tiles meet its codes; the room each row
-  // takes.
-  void (*interleave)(const float* x, int64_t group, int64_t columns, float* out);
-  int64_t (*interleaved_width)(int64_t columns);
+  // A group of rows of x in the order in which few_rows and tiles meet this weight's codes; the
+  // room each row takes.
+  void (*lay_out)(const Weight& weight, const float* x, int64_t group, float* out);
+  int64_t (*laid_out_width)(int64_t columns);
   // Whether few_rows and tiles can read this weight: rows of whole blocks, some and not too many.
   bool (*serves_few_rows)(const Weight& weight);
   // Rows [begin, end) of W, decoded in registers; or into the first-level cache, a tile at a time.

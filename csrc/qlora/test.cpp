@@ -14,6 +14,7 @@ using namespace peftkern::qlora;
 namespace {
 
 constexpr float kCodebook[16] = {-8, -7, -6, -5, -4, -3, -2, 0, 1, 2, 3, 4, 5, 6, 7, 8};
+constexpr uint8_t kInOrder[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 std::vector<float> midpoints() {
   std::vector<float> out(15);
@@ -31,22 +32,44 @@ std::vector<float> numbers(int64_t count, uint32_t state = 1) {
   return out;
 }
 
-struct Quantized {
+// A weight and the memory that it lies in.
+struct Stored {
   std::vector<uint8_t> packed;
   std::vector<float> absmax;
-  Weight weight;
+  Weight weight{};
 
-  Quantized(const std::vector<float>& w, int64_t rows, int64_t columns, int64_t block)
-      : packed((w.size() + 1) / 2), absmax((w.size() + block - 1) / block), weight{} {
-    const int64_t count = rows * columns;
-    kernels().f32.quantize(w.data(), count, midpoints().data(), block, 0,
-                           static_cast<int64_t>(absmax.size()), packed.data(), absmax.data());
+  void describe(int64_t rows, int64_t columns, int64_t block, int64_t bits) {
     weight.packed = packed.data();
     weight.absmax = absmax.data();
     weight.codebook = kCodebook;
     weight.rows = rows;
     weight.columns = columns;
     weight.block = block;
+    weight.bits = bits;
+  }
+};
+
+struct Nibbles : Stored {
+  Nibbles(const std::vector<float>& w, int64_t rows, int64_t columns, int64_t block,
+          const uint8_t* codes = kInOrder) {
+    packed.resize((w.size() + 1) / 2);
+    absmax.resize((w.size() + static_cast<size_t>(block) - 1) / static_cast<size_t>(block));
+    const std::vector<float> thresholds = midpoints();
+    kernels().f32.quantize(w.data(), rows * columns, {thresholds.data(), codes}, block, 0,
+                           static_cast<int64_t>(absmax.size()), packed.data(), absmax.data());
+    describe(rows, columns, block, 4);
+  }
+};
+
+struct Bytes : Stored {
+  Bytes(const std::vector<float>& w, int64_t rows, int64_t columns, int64_t pieces = 1) {
+    packed.resize(w.size());
+    absmax.resize(static_cast<size_t>(rows));
+    for (int64_t i = 0; i < pieces; ++i) {
+      kernels().f32.quantize_rows(w.data(), columns, rows * i / pieces, rows * (i + 1) / pieces,
+                                  reinterpret_cast<int8_t*>(packed.data()), absmax.data());
+    }
+    describe(rows, columns, columns, 8);
   }
 };
 
@@ -58,7 +81,7 @@ std::vector<float> dense(const Weight& w) {
 
 void a_block_of_codebook_values_comes_back() {
   std::vector<float> w(kCodebook, kCodebook + 16);
-  const Quantized q(w, 1, 16, 16);
+  const Nibbles q(w, 1, 16, 16);
   EXPECT(q.absmax == std::vector<float>{8});
   const std::vector<uint8_t> in_order{0x01, 0x23, 0x45, 0x67, 0x89, 0xab, 0xcd, 0xef};
   EXPECT(q.packed == in_order);
@@ -69,20 +92,43 @@ void a_block_of_codebook_values_comes_back() {
 void a_tie_takes_the_lower_code() {
   std::vector<float> w = midpoints();
   w.push_back(1);
-  const Quantized q(w, 1, 16, 16);
+  const Nibbles q(w, 1, 16, 16);
   const std::vector<uint8_t> codes{0x01, 0x23, 0x45, 0x67, 0x89, 0xab, 0xcd, 0xef};
   EXPECT(q.packed == codes);
 }
 
+void each_rank_has_the_code_that_it_was_given() {
+  const uint8_t codes[16] = {11, 10, 13, 12, 15, 14, 9, 8, 0, 1, 6, 7, 4, 5, 2, 3};
+  std::vector<float> w = midpoints();
+  w.push_back(1);
+  const Nibbles q(w, 1, 16, 16, codes);
+  const std::vector<uint8_t> packed{0xba, 0xdc, 0xfe, 0x98, 0x01, 0x67, 0x45, 0x23};
+  EXPECT(q.packed == packed);
+}
+
+void bytes_round_ties_to_the_even_code() {
+  const Bytes q({127, .5f, 1.5f, 2.5f, -.5f, -1.5f, -127, 126.5f}, 1, 8);
+  const std::vector<uint8_t> codes{127, 0, 2, 2, 0, 254, 129, 126};
+  EXPECT(q.packed == codes && q.absmax[0] == 127);
+  const Bytes none({0, -0.0f, 1e-36f, NAN, 1, 1, INFINITY, 1, 1}, 3, 3);
+  EXPECT(none.absmax[0] == 1e-36f && std::isnan(none.absmax[1]) && std::isinf(none.absmax[2]));
+  EXPECT(none.packed[0] == 0 && none.packed[2] == 127 && none.packed[3] == 0);
+  EXPECT(none.packed[6] == 0 && none.packed[7] == 0);
+  for (float tiny : {0.0f, -0.0f, 1e-39f}) {
+    const Bytes zero(std::vector<float>(20, tiny), 1, 20);
+    EXPECT(zero.absmax[0] == 0 && zero.packed == std::vector<uint8_t>(20, 0));
+  }
+}
+
 void an_odd_count_ends_with_the_code_of_zero() {
-  const Quantized q({0, 1, 1}, 1, 3, 16);
+  const Nibbles q({0, 1, 1}, 1, 3, 16);
   const std::vector<uint8_t> codes{0x7f, 0xf7};
   EXPECT(q.packed == codes);
 }
 
 void blocks_without_a_finite_reciprocal_are_zeros() {
   for (float tiny : {0.0f, -0.0f, 1e-39f}) {
-    const Quantized q(std::vector<float>(16, tiny), 1, 16, 16);
+    const Nibbles q(std::vector<float>(16, tiny), 1, 16, 16);
     EXPECT(q.absmax[0] == 0 && q.packed == std::vector<uint8_t>(8, 0x77));
   }
 }
@@ -90,12 +136,23 @@ void blocks_without_a_finite_reciprocal_are_zeros() {
 void a_nan_spoils_its_own_block_alone() {
   std::vector<float> w(48, 1.0f);
   w[20] = std::numeric_limits<float>::quiet_NaN();
-  const Quantized q(w, 1, 48, 16);
+  const Nibbles q(w, 1, 48, 16);
   EXPECT(q.absmax[0] == 1 && std::isnan(q.absmax[1]) && q.absmax[2] == 1);
 }
 
-void any_range_dequantizes_alike() {
-  const Quantized q(numbers(7 * 37), 7, 37, 32);
+void rows_may_be_split_to_quantize_bytes() {
+  const std::vector<float> w = numbers(19 * 37);
+  const Bytes whole(w, 19, 37), parts(w, 19, 37, 5);
+  EXPECT(whole.packed == parts.packed && whole.absmax == parts.absmax);
+  const std::vector<float> values = dense(whole.weight);
+  for (int64_t i = 0; i < 19 * 37; ++i) {
+    const float scale = whole.absmax[static_cast<size_t>(i / 37)] / 127;
+    EXPECT(values[i] == static_cast<float>(static_cast<int8_t>(whole.packed[i])) * scale);
+    EXPECT(std::fabs(values[i] - w[i]) <= 0.5001f * scale);
+  }
+}
+
+void any_range_dequantizes_alike(const Stored& q) {
   const std::vector<float> whole = dense(q.weight);
   for (int64_t begin : {0, 1, 7, 16, 31, 33, 100}) {
     for (int64_t end : {begin, begin + 1, begin + 15, begin + 64, int64_t{7 * 37}}) {
@@ -107,7 +164,7 @@ void any_range_dequantizes_alike() {
 }
 
 void bf16_is_the_float_rounded() {
-  Quantized q(numbers(5 * 96), 5, 96, 32);
+  Nibbles q(numbers(5 * 96), 5, 96, 32);
   const float scales[] = {3e38f, INFINITY, NAN, 1e-39f, -0.0f, 1e-45f};
   for (size_t i = 0; i < 6; ++i) q.absmax[i] = scales[i];
   const std::vector<float> values = dense(q.weight);
@@ -122,8 +179,13 @@ void bf16_is_the_float_rounded() {
   }
 }
 
+void any_range_of_any_weight_dequantizes_alike() {
+  any_range_dequantizes_alike(Nibbles(numbers(7 * 37), 7, 37, 32));
+  any_range_dequantizes_alike(Bytes(numbers(7 * 37), 7, 37));
+}
+
 void nested_scales_are_a_product_and_a_sum() {
-  const Quantized q(std::vector<float>(32, 1.0f), 1, 32, 16);
+  const Nibbles q(std::vector<float>(32, 1.0f), 1, 32, 16);
   std::vector<float> map(256, 0.0f);
   map[3] = 0.5f;
   map[9] = -0.25f;
@@ -141,13 +203,13 @@ void nested_scales_are_a_product_and_a_sum() {
 
 using FewKernel = void (*)(const Weight&, const FewRows&, int64_t, int64_t);
 
-std::vector<float> few(FewKernel kernel, const Quantized& q, const std::vector<float>& x,
+std::vector<float> few(FewKernel kernel, const Stored& q, const std::vector<float>& x,
                        int64_t inputs, int64_t pieces) {
-  const int64_t columns = q.weight.columns, width = kernels().interleaved_width(columns);
+  const int64_t columns = q.weight.columns, width = kernels().laid_out_width(columns);
   std::vector<float> laid(static_cast<size_t>(inputs * width));
   for (int64_t m = 0; m < inputs; m += kGroup) {
-    kernels().interleave(x.data() + m * columns, std::min(kGroup, inputs - m), columns,
-                         laid.data() + m * width);
+    kernels().lay_out(q.weight, x.data() + m * columns, std::min(kGroup, inputs - m),
+                      laid.data() + m * width);
   }
   std::vector<float> y(static_cast<size_t>(inputs * q.weight.rows), NAN);
   const FewRows io{laid.data(), nullptr, nullptr, nullptr, y.data(), inputs, 0};
@@ -157,43 +219,54 @@ std::vector<float> few(FewKernel kernel, const Quantized& q, const std::vector<f
   return y;
 }
 
-void is_the_product_with_the_dense_weight(FewKernel kernel, int64_t inputs) {
-  for (int64_t block : {16, 32, 64, 128, 256, 512}) {
-    const int64_t rows = 19, columns = block * 3;
-    const Quantized q(numbers(rows * columns), rows, columns, block);
-    if (!kernels().serves_few_rows(q.weight)) continue;
-    const std::vector<float> x = numbers(inputs * columns, 2), w = dense(q.weight);
-    const std::vector<float> y = few(kernel, q, x, inputs, 1);
-    for (int64_t m = 0; m < inputs; ++m) {
-      for (int64_t n = 0; n < rows; ++n) {
-        double sum = 0, size = 0;
-        for (int64_t k = 0; k < columns; ++k) {
-          sum += double{x[m * columns + k]} * w[n * columns + k];
-          size += std::fabs(double{x[m * columns + k]} * w[n * columns + k]);
-        }
-        EXPECT(std::fabs(y[m * rows + n] - sum) <= 1e-6 * size);
+void is_the_product_with_the_dense_weight(FewKernel kernel, const Stored& q, int64_t inputs) {
+  const int64_t rows = q.weight.rows, columns = q.weight.columns;
+  const std::vector<float> x = numbers(inputs * columns, 2), w = dense(q.weight);
+  const std::vector<float> y = few(kernel, q, x, inputs, 1);
+  for (int64_t m = 0; m < inputs; ++m) {
+    for (int64_t n = 0; n < rows; ++n) {
+      double sum = 0, size = 0;
+      for (int64_t k = 0; k < columns; ++k) {
+        sum += double{x[m * columns + k]} * w[n * columns + k];
+        size += std::fabs(double{x[m * columns + k]} * w[n * columns + k]);
       }
+      EXPECT(std::fabs(y[m * rows + n] - sum) <= 1e-6 * size);
     }
-    EXPECT(few(kernel, q, x, inputs, 3) == y);
-    EXPECT(few(kernel, q, x, inputs, 19) == y);
-    // Nor does a row of x depend on those beside it.
-    const int64_t cut = inputs / 2;
-    std::vector<float> parts = few(kernel, q, x, cut, 1);
-    const std::vector<float> rest =
-        few(kernel, q, {x.begin() + cut * columns, x.end()}, inputs - cut, 1);
-    parts.insert(parts.end(), rest.begin(), rest.end());
-    EXPECT(parts == y);
+  }
+  EXPECT(few(kernel, q, x, inputs, 3) == y);
+  EXPECT(few(kernel, q, x, inputs, 19) == y);
+  // Nor does a row of x depend on those beside it.
+  const int64_t cut = inputs / 2;
+  std::vector<float> parts = few(kernel, q, x, cut, 1);
+  const std::vector<float> rest =
+      few(kernel, q, {x.begin() + cut * columns, x.end()}, inputs - cut, 1);
+  parts.insert(parts.end(), rest.begin(), rest.end());
+  EXPECT(parts == y);
+}
+
+void is_the_product_with_nibbles_and_bytes(FewKernel kernel, int64_t inputs) {
+  const int64_t rows = 19;
+  for (int64_t block : {16, 32, 64, 128, 256, 512}) {
+    const Nibbles q(numbers(rows * block * 3), rows, block * 3, block);
+    if (kernels().serves_few_rows(q.weight)) {
+      is_the_product_with_the_dense_weight(kernel, q, inputs);
+    }
+  }
+  for (int64_t columns : {1, 7, 64, 65, 127, 128, 129, 300, 1500}) {
+    const Bytes q(numbers(rows * columns), rows, columns);
+    EXPECT(kernels().serves_few_rows(q.weight));
+    is_the_product_with_the_dense_weight(kernel, q, inputs);
   }
 }
 
-void few_rows_are_the_product_with_the_dense_weight() {
+void few_rows_are_the_product_with_nibbles_and_bytes() {
   for (int64_t inputs : {1, 2, 7}) {
-    is_the_product_with_the_dense_weight(kernels().few_rows, inputs);
+    is_the_product_with_nibbles_and_bytes(kernels().few_rows, inputs);
   }
 }
 
-void tiles_are_the_product_with_the_dense_weight() {
-  for (int64_t inputs : {1, 6, 39}) is_the_product_with_the_dense_weight(kernels().tiles, inputs);
+void tiles_are_the_product_with_nibbles_and_bytes() {
+  for (int64_t inputs : {1, 6, 70}) is_the_product_with_nibbles_and_bytes(kernels().tiles, inputs);
 }
 
 void dropout_depends_on_the_place_alone() {
@@ -266,14 +339,17 @@ int main() {
     std::printf("%s\n", kIsaNames[isa]);
     RUN(a_block_of_codebook_values_comes_back);
     RUN(a_tie_takes_the_lower_code);
+    RUN(each_rank_has_the_code_that_it_was_given);
+    RUN(bytes_round_ties_to_the_even_code);
     RUN(an_odd_count_ends_with_the_code_of_zero);
     RUN(blocks_without_a_finite_reciprocal_are_zeros);
     RUN(a_nan_spoils_its_own_block_alone);
-    RUN(any_range_dequantizes_alike);
+    RUN(rows_may_be_split_to_quantize_bytes);
+    RUN(any_range_of_any_weight_dequantizes_alike);
     RUN(bf16_is_the_float_rounded);
     RUN(nested_scales_are_a_product_and_a_sum);
-    RUN(few_rows_are_the_product_with_the_dense_weight);
-    RUN(tiles_are_the_product_with_the_dense_weight);
+    RUN(few_rows_are_the_product_with_nibbles_and_bytes);
+    RUN(tiles_are_the_product_with_nibbles_and_bytes);
     RUN(dropout_depends_on_the_place_alone);
     RUN(product_and_dots_are_matrix_products);
     RUN(a_long_sum_is_a_sum_of_short_ones);

@@ -67,26 +67,26 @@ PEFTKERN_INLINE void tile_group(int64_t rows, const float* x, const float* tile,
 }
 
 // Chunks [begin, end) of a row of W, times their scales.
-PEFTKERN_INLINE void decode_row(const Plan& plan, const uint32_t* packed, const float* scales,
+template <typename Plan>
+PEFTKERN_INLINE void decode_row(const Plan& plan, const uint8_t* row, const float* scales,
                                 int64_t begin, int64_t end, float* out) {
+  const int64_t ahead = kTileHeight * plan.row_bytes;  // the same part of the next tile
   for (int64_t chunk = begin; chunk < end; ++chunk, out += kChunk) {
-    const U word = load_first(packed + chunk * W, plan.words - chunk * W);
-    __builtin_prefetch(packed + chunk * W + kTileHeight * plan.words);  // the next tile's
     F value[8];
-    decode(plan.decoder, word, value);
+    decode(plan, row, chunk, ahead, value);
     const F by = chunk_scale(plan, scales, chunk);
     PEFTKERN_UNROLL
     for (int k = 0; k < 8; ++k) store(out + k * W, value[k] * by);
   }
 }
 
-void tiles(const Weight& weight, const FewRows& io, int64_t begin, int64_t end) {
+template <typename Plan>
+PEFTKERN_INLINE void tiles_by(const Plan& plan, const Weight& weight, const FewRows& io,
+                              int64_t begin, int64_t end) {
   constexpr int64_t kChunks = kTileDepth / kChunk;
   alignas(64) float tile[kTileHeight * kTileStride] = {};
-  float buffer[kTileScales];
-  const Plan plan(weight);
-  const int64_t chunks = plan.width / kChunk;
-  const uint32_t* packed = reinterpret_cast<const uint32_t*>(weight.packed);
+  float buffer[kTileHeight * kTileScales];
+  const int64_t width = laid_out_width(weight.columns), chunks = width / kChunk;
   for (int64_t n = begin; n < end; n += kTileHeight) {
     const int64_t height = min(kTileHeight, end - n);
     const float* by = scales(weight, n * plan.blocks, height * plan.blocks, buffer);
@@ -96,12 +96,12 @@ void tiles(const Weight& weight, const FewRows& io, int64_t begin, int64_t end) 
       for (int64_t chunk = 0; chunk < chunks; chunk += kChunks) {
         const int64_t stop = min(chunk + kChunks, chunks), depth = (stop - chunk) * kChunk;
         for (int64_t i = 0; i < height; ++i) {
-          decode_row(plan, packed + (n + i) * plan.words, by + i * plan.blocks, chunk, stop,
-                     tile + i * kTileStride);
+          decode_row(plan, weight.packed + (n + i) * plan.row_bytes, by + i * plan.blocks, chunk,
+                     stop, tile + i * kTileStride);
         }
         for (int64_t m = 0; m < inputs; m += kGroup) {
           const int64_t rows = min(kGroup, inputs - m);
-          const float* x = io.x + (first + m) * plan.width + rows * chunk * kChunk;
+          const float* x = io.x + (first + m) * width + rows * chunk * kChunk;
           tile_group(rows, x, tile, depth, sums + m * kTileHeight);
         }
       }
@@ -113,6 +113,11 @@ void tiles(const Weight& weight, const FewRows& io, int64_t begin, int64_t end) 
       }
     }
   }
+}
+
+void tiles(const Weight& weight, const FewRows& io, int64_t begin, int64_t end) {
+  if (weight.bits == 8) return tiles_by(BytePlan(weight), weight, io, begin, end);
+  tiles_by(NibblePlan(weight), weight, io, begin, end);
 }
 
 }  // namespace peftkern::qlora::PEFTKERN_ISA

@@ -31,18 +31,18 @@ void few_rows(const Problem& p, const Run& run, const Matrix& down, const Matrix
   Scratch scratch;
   const auto f32 = ScalarType::Float;
   const Weight weight = p.base.of_expert(run.expert);
-  const int64_t inputs = run.end - run.begin, width = kernels().interleaved_width(p.base.columns);
+  const int64_t inputs = run.end - run.begin, width = kernels().laid_out_width(p.base.columns);
   const Matrix x = as_dtype(p.x.part_rows(run.begin, run.end), f32, scratch);
-  float* interleaved = scratch.take<float>(inputs * width);
+  float* laid_out = scratch.take<float>(inputs * width);
   parallel((inputs + kGroup - 1) / kGroup, kGroup * width, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin * kGroup; m < std::min(end * kGroup, inputs); m += kGroup) {
-      kernels().interleave(static_cast<const float*>(x.at(m, 0)), std::min(kGroup, inputs - m),
-                           p.base.columns, interleaved + m * width);
+      kernels().lay_out(weight, static_cast<const float*>(x.at(m, 0)), std::min(kGroup, inputs - m),
+                        laid_out + m * width);
     }
   });
   const Matrix target = y.part_rows(run.begin, run.end);
   const bool direct = y.dtype == f32;
-  FewRows io{interleaved, nullptr, nullptr, nullptr, nullptr, inputs, p.rank};
+  FewRows io{laid_out, nullptr, nullptr, nullptr, nullptr, inputs, p.rank};
   io.y = direct ? static_cast<float*>(target.at(0, 0)) : scratch.take<float>(inputs * y.columns);
   if (p.bias) io.bias = static_cast<float*>(as_dtype(p.bias_of(run.expert), f32, scratch).at(0, 0));
   if (run.adapter >= 0) {

@@ -1,8 +1,10 @@
 """LoRA on a quantised linear."""
 
+from peftkern.qlora.codes import dequantize, quantize
+from peftkern.qlora.format import Format, formats
 from peftkern.qlora.layer import LoraConfig, QLoRALinear
-from peftkern.qlora.ops import dequantize, expert_linear, linear, quantize
-from peftkern.qlora.weight import Format, QuantizedWeight, formats
+from peftkern.qlora.ops import expert_linear, linear
+from peftkern.qlora.weight import QuantizedWeight
 
 __all__ = [
     "Format",

@@ -10,8 +10,13 @@ from torch import Tensor
 from peftkern.qlora import reference
 
 
-def quantize(weight: Tensor, thresholds: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    return reference.quantize(weight, thresholds, block_size)
+def quantize(
+    weight: Tensor, tables: Sequence[Tensor], block_size: int, bits: int
+) -> tuple[Tensor, Tensor]:
+    if bits == 8:
+        return reference.quantize_rows(weight)
+    thresholds, codes = tables
+    return reference.quantize(weight, thresholds, codes, block_size)
 
 
 def dequantize(weight: Sequence[Tensor], layout: Sequence[int], out: Tensor) -> None:
@@ -80,9 +85,12 @@ def linear_bwd(
 
 def dense(weight: Sequence[Tensor], layout: Sequence[int]) -> Tensor:
     """`[experts, rows, columns]`, float32 unless it was dense already."""
-    *shape, block_size = layout
-    if block_size == 0:
+    *shape, block_size, bits = layout
+    if bits == 0:
         return weight[0].view(shape)
+    if bits == 8:
+        codes, absmax = weight
+        return reference.dequantize_rows(codes.view(shape), absmax.view(shape[:-1]))
     packed, absmax, codebook, *nested = weight
     scales = reference.unnest(absmax, *nested) if nested else absmax
     return reference.dequantize(packed, scales, codebook, tuple(shape), block_size)

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from peftkern import _check
-from peftkern.qlora.ops import linear, quantize
-from peftkern.qlora.weight import BLOCK_SIZES, Format, QuantizedWeight, find_format
+from peftkern.qlora import bnb
+from peftkern.qlora.codes import quantize
+from peftkern.qlora.format import BLOCK_SIZES, Format, find_format
+from peftkern.qlora.ops import linear
+from peftkern.qlora.weight import QuantizedWeight, stored_as
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class LoraConfig:
             endings, or a regular expression for the whole name.
         exclude_modules: name endings, or a regular expression, that are left alone.
         base: a format's name or a `Format` to quantise the base to; None keeps it as it is.
-        block_size, nested: of the quantised base.
+        block_size, nested: of the quantised base; int8, which has neither, ignores both.
 
     Raises:
         ValueError: a value out of range.
@@ -73,8 +76,11 @@ class LoraConfig:
                 raise ValueError(
                     f"{name} must be a regular expression, got {expression!r} ({error})"
                 ) from error
-        if self.base is not None:
-            find_format(self.base)
+        if self.base is not None and not find_format(self.base).in_blocks and self.block_size != 64:
+            raise ValueError(
+                f"block_size must be left out for {self.base}, whose rows have one scale each, "
+                f"got {self.block_size}"
+            )
         if self.block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
 
@@ -140,7 +146,7 @@ class QLoRALinear(nn.Module):
         nested: bool = True,
         **options: Any,
     ) -> QLoRALinear:
-        """A layer in the place of an `nn.Linear` or of bitsandbytes' `Linear4bit`.
+        """A layer in the place of an `nn.Linear`, or of a quantised one of bitsandbytes.
 
         Args:
             linear: what it replaces; its weight and bias are shared where they need no quantising.
@@ -156,12 +162,12 @@ class QLoRALinear(nn.Module):
     def from_config(cls, linear: nn.Module, config: LoraConfig) -> QLoRALinear:
         weight: Tensor = linear.weight  # type: ignore[assignment]
         base: QuantizedWeight | Tensor
-        if getattr(weight, "quant_state", None) is not None:
-            base = QuantizedWeight.from_bnb(weight)
+        if bnb.is_quantized(linear):
+            base = QuantizedWeight.from_bnb(linear)
         elif config.base is None:
             base = weight
         else:
-            base = quantize(weight, config.base, config.block_size, config.nested)
+            base = quantized_base(weight, config)
         return cls(base, linear.bias, config).train(linear.training)  # type: ignore[arg-type]
 
     @property
@@ -177,8 +183,18 @@ class QLoRALinear(nn.Module):
         return linear(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QLoRALinear:
-        """The scales follow the packed bytes from device to device, and keep their dtype."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        """The scales follow the packed bytes from device to device, and all keep their dtype.
+
+        Bytes may be stored as floats, which `fn` would convert: it is shown them as bytes.
+        """
+        weight = self.weight
+
+        def bits_kept(tensor: Tensor) -> Tensor:
+            if self._quantized is None or tensor is not weight:
+                return fn(tensor)  # type: ignore[no-any-return]
+            return stored_as(fn(stored_as(tensor, torch.uint8)), tensor.dtype)
+
+        super()._apply(bits_kept, recurse)  # type: ignore[no-untyped-call]
         if self._quantized is not None:
             moved = self._quantized.scales_to(self.weight.device)
             self._quantized = replace(moved, packed=self.weight)
@@ -187,8 +203,8 @@ class QLoRALinear(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if (weight := self.quantized_weight) is not None:
-            for name, tensor in weight.statistics().items():
-                destination[f"{prefix}weight.{name}"] = tensor
+            for name, tensor in bnb.statistics(weight).items():
+                destination[prefix + name] = tensor
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str],
@@ -197,11 +213,12 @@ class QLoRALinear(nn.Module):
         """Takes bitsandbytes' keys too; the weight must be of this layer's format and shape."""
         key, loaded = f"{prefix}weight", None
         if self._quantized is not None and key in state_dict:
-            names = [k for k in state_dict if k.startswith(f"{key}.")]
-            statistics = {k.removeprefix(f"{key}."): state_dict[k] for k in names}
+            own = {k for k in state_dict if k.startswith(prefix)}
+            names = {k for k in own if bnb.is_statistic(k.removeprefix(prefix))}
+            statistics = {k.removeprefix(prefix): state_dict[k] for k in names}
             others = {k: v for k, v in state_dict.items() if k not in names}
             try:
-                loaded = self._quantized.with_statistics(state_dict[key], statistics)
+                loaded = bnb.loaded(self._quantized, state_dict[key], statistics)
                 state_dict = others | {key: loaded.packed}
             except ValueError as error:  # bytes without their scales would be another weight
                 errors.append(f"{key}: {error}")
@@ -214,12 +231,22 @@ class QLoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         weight = self.quantized_weight
-        base = f"{weight.format.name}, block_size={weight.block_size}" if weight else "dense"
+        base = weight.format.name if weight else "dense"
+        if weight and weight.block_size:
+            base += f", block_size={weight.block_size}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
             f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, base={base}, "
             f"bias={self.bias is not None}"
         )
+
+
+def quantized_base(weight: Tensor, config: LoraConfig) -> QuantizedWeight:
+    """The base that a config asks for; block size and nesting where its format has them."""
+    assert config.base is not None
+    if not (form := find_format(config.base)).in_blocks:
+        return quantize(weight, form)
+    return quantize(weight, form, config.block_size, config.nested)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -1,7 +1,9 @@
-"""qlora's index: schema, fake and gradient of every op, and the functions that users call.
+"""qlora's index: schema, fake and gradient of its ops, and the functions that users call; quantize
+and dequantize stand in codes.py.
 
 A weight reaches an op as its tensors (`QuantizedWeight.buffers`, or the one dense tensor) and its
-layout `[experts, rows, columns, block size]` (0: dense). So a new format needs no new schema.
+layout `[experts, rows, columns, block size, bits]` (block size 0: a scale for each row; bits 0:
+dense). So a new format needs no new schema.
 """
 
 from __future__ import annotations
@@ -14,15 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peftkern import _check, _native
-from peftkern.qlora import check, fallback, reference
-from peftkern.qlora.weight import BLOCK_SIZES, Format, QuantizedWeight, find_format
-
-
-def _fake_quantize(weight: Tensor, thresholds: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    count = weight.numel()
-    packed = weight.new_empty((count + 1) // 2, 1, dtype=torch.uint8)
-    blocks = (count + block_size - 1) // block_size
-    return packed, weight.new_empty(blocks, dtype=torch.float32)
+from peftkern.qlora import check, fallback
+from peftkern.qlora.weight import QuantizedWeight
 
 
 def _fake_linear(
@@ -43,17 +38,6 @@ def _fake_linear_bwd(
     return [torch.empty_like(t) for t, need in zip(inputs, needs, strict=True) if need]
 
 
-_quantize_op = _native.define(
-    "qlora_quantize(Tensor weight, Tensor thresholds, int block_size) -> (Tensor, Tensor)",
-    _fake_quantize,
-    fallback.quantize,
-)
-_dequantize_op = _native.define(
-    "qlora_dequantize(Tensor[] weight, int[] layout, Tensor(a!) out) -> ()",
-    lambda weight, layout, out: None,
-    fallback.dequantize,
-)
-_native.register_triton("qlora", "dequantize")
 _linear_op = _native.define(
     "qlora_linear(Tensor x, Tensor[] weight, int[] layout, Tensor? bias, Tensor? lora_a, "
     "Tensor? lora_b, float scale, float dropout, Tensor? seed, Tensor? offsets, "
@@ -122,7 +106,7 @@ def _apply(
     if isinstance(weight, QuantizedWeight):
         dense, buffers, layout = None, weight.buffers, weight.layout
     else:
-        dense, buffers, layout = weight, [], [*(1,) * (3 - weight.dim()), *weight.shape, 0]
+        dense, buffers, layout = weight, [], [*(1,) * (3 - weight.dim()), *weight.shape, 0, 0]
     rest = (scale, dropout, seed, offsets, adapter)
     if torch.is_grad_enabled():
         fixed = (buffers, layout, *rest)
@@ -145,76 +129,6 @@ def _seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
     return torch.tensor([seed], dtype=torch.int64, device=device)
-
-
-def quantize(
-    weight: Tensor, format: str | Format = "nf4", block_size: int = 64, nested: bool = False
-) -> QuantizedWeight:
-    """Each block's values over its largest magnitude, rounded to the nearest of the codebook.
-
-    Dettmers et al., QLoRA (2023); byte for byte what bitsandbytes stores. A tie takes the lower
-    code. A block that holds a NaN decodes to NaN; one whose largest magnitude is below about
-    3e-39 to 0.
-
-    Args:
-        weight: float, any shape; usually `[out, in]` or `[experts, out, in]`.
-        format: a name in `qlora.formats`, or a `Format`.
-        block_size: a power of two from 16 to 4096: elements of the flat weight that share a scale.
-        nested: quantise the scales too, to 8 bits in blocks of 256.
-
-    Returns:
-        A `QuantizedWeight` on the weight's device. Not differentiable.
-
-    Raises:
-        TypeError: `weight` is not float32, bfloat16, float16 or float64.
-        ValueError: an unknown format or a block size out of range.
-    """
-    _check.dtype("weight", weight)
-    found = find_format(format)
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
-    codebook = torch.tensor(found.codebook, dtype=torch.float32, device=weight.device)
-    flat = weight.detach().contiguous()
-    packed, absmax = _quantize_op(flat, reference.midpoints(codebook), block_size)
-    statistics: dict[str, Tensor] = {}
-    if nested:
-        nested_map = reference.dynamic_map().to(weight.device)
-        absmax, nested_absmax, offset = reference.nest(absmax, nested_map)
-        statistics = {
-            "nested_absmax": nested_absmax, "nested_map": nested_map, "nested_offset": offset,
-        }  # fmt: skip
-    return QuantizedWeight(
-        packed, absmax, codebook, weight.shape, weight.dtype, found, block_size, **statistics
-    )
-
-
-def dequantize(
-    weight: QuantizedWeight, dtype: torch.dtype | None = None, out: Tensor | None = None
-) -> Tensor:
-    """W[i] = codebook[code[i]] * absmax[i // block_size], in float32 and rounded once.
-
-    Args:
-        weight: any shape.
-        dtype: float32, bfloat16, float16 or float64; the dtype it had where none is given.
-        out: written and returned where given; contiguous, of the weight's shape.
-
-    Returns:
-        `weight.shape`, in `dtype` or `out`'s dtype. Not differentiable.
-
-    Raises:
-        TypeError: not a QuantizedWeight, or a dtype that is not float.
-        ValueError: `out` of another shape, device or layout.
-    """
-    if not isinstance(weight, QuantizedWeight):
-        raise TypeError(f"weight must be a QuantizedWeight, got {type(weight).__name__}")
-    if out is None:
-        out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
-    _check.dtype("out", out)
-    _check.shape("out", out, weight.shape)
-    _check.dense("out", out)
-    _check.device("out", out, weight.packed)
-    _dequantize_op(weight.buffers, weight.layout, out)
-    return out
 
 
 def linear(

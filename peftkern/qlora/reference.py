@@ -1,6 +1,7 @@
 """The math of qlora, in plain torch: the oracle of every test and the baseline of every benchmark.
 
-    W[i]       = codebook[code[i]] * absmax[i // block_size]          over the flat weight
+    W[i]       = codebook[code[i]] * absmax[i // block_size]          over the flat weight: 4 bits
+    W[n, k]    = code[n, k] * (absmax[n] / 127)                       8 bits
     s          = D(x) A^T                                             D drops elements of x
     y          = x W^T + bias + scale * s B^T
 
@@ -21,6 +22,18 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 
+# The 16 values of bitsandbytes' FP4, by code: a sign in bit 3, and magnitudes in an order of their
+# own. Codes 0 and 8 are both zero. A magnitude takes the next larger value above these limits, the
+# literals of bitsandbytes' CUDA kernel; the codes are in the order of their values.
+FP4 = (
+    0.0, 0.0052083334885537624, 0.6666666865348816, 1.0,
+    0.3333333432674408, 0.5, 0.1666666716337204, 0.25,
+    0.0, -0.0052083334885537624, -0.6666666865348816, -1.0,
+    -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
+)  # fmt: skip
+FP4_LIMITS = (0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333)
+FP4_CODES = (11, 10, 13, 12, 15, 14, 9, 8, 0, 1, 6, 7, 4, 5, 2, 3)
+
 NESTED_BLOCK_SIZE = 256
 
 
@@ -29,12 +42,15 @@ def midpoints(codebook: Tensor) -> Tensor:
     return (codebook[:-1] + codebook[1:]) / 2
 
 
-def quantize(weight: Tensor, thresholds: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def quantize(
+    weight: Tensor, thresholds: Tensor, codes: Tensor, block_size: int
+) -> tuple[Tensor, Tensor]:
     """-> packed uint8 `[ceil(n / 2), 1]`, absmax float32 `[ceil(n / block_size)]`.
 
-    The element that comes first lies in the high nibble. A block whose largest magnitude has no
-    finite reciprocal is stored as zeros; one that holds a NaN keeps a NaN as its scale; infinity
-    over infinity is no number either, and takes the highest code.
+    A number's code is that of its rank: how many thresholds lie below it. The element that comes
+    first lies in the high nibble. A block whose largest magnitude has no finite reciprocal is
+    stored as zeros; one that holds a NaN keeps a NaN as its scale; infinity over infinity is no
+    number either, and takes the highest rank.
     """
     flat = weight.detach().reshape(-1).float()
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
@@ -43,12 +59,27 @@ def quantize(weight: Tensor, thresholds: Tensor, block_size: int) -> tuple[Tenso
     zero = inverse.isinf()
     absmax = torch.where(zero, 0.0, absmax)
     scaled = padded * torch.where(zero, 0.0, inverse)[:, None]
-    codes = (~(scaled[..., None] <= thresholds)).sum(-1, dtype=torch.uint8).view(-1)
-    codes = codes[: flat.numel()]
-    if codes.numel() % 2:
-        zero_code = (thresholds < 0).sum(dtype=torch.uint8)
-        codes = torch.cat([codes, zero_code[None]])
-    return (codes[::2] << 4 | codes[1::2])[:, None], absmax
+    ranks = (~(scaled[..., None] <= thresholds)).sum(-1).view(-1)[: flat.numel()]
+    if ranks.numel() % 2:
+        ranks = torch.cat([ranks, (thresholds < 0).sum()[None]])  # that of zero
+    found = codes[ranks]
+    return (found[::2] << 4 | found[1::2])[:, None], absmax
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """-> codes int8 of the weight's shape, absmax float32 `shape[:-1]`.
+
+    code = w * (127 * (1 / absmax)) to the nearest, a tie to the even one: bitsandbytes writes
+    127 / absmax, of which torch makes these two roundings. Rows for which that is not finite are
+    zeros, a NaN or an infinity is the scale of its row, and what is no number has the code of zero.
+    """
+    rows = weight.detach().float()
+    absmax = rows.abs().amax(-1) if rows.shape[-1] else rows.new_zeros(rows.shape[:-1])
+    inverse = 127 * (1 / absmax)
+    zero = inverse.isinf()
+    scaled = rows * torch.where(zero, 0.0, inverse)[..., None]
+    codes = scaled.round().nan_to_num(0.0).to(torch.int8)
+    return codes, torch.where(zero, 0.0, absmax)
 
 
 def nest(absmax: Tensor, dynamic_map: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,6 +122,11 @@ def dequantize(
     data = packed.reshape(-1)
     codes = torch.stack([data >> 4, data & 15], 1).view(-1)[:count]
     return (codebook[codes.long()] * absmax.repeat_interleave(block_size)[:count]).view(shape)
+
+
+def dequantize_rows(codes: Tensor, absmax: Tensor) -> Tensor:
+    """-> float32 of the codes' shape; a scale is rounded once, and the product once."""
+    return codes.float() * (absmax / 127)[..., None]
 
 
 def philox(seed: Tensor, count: int) -> Tensor:

@@ -1,69 +1,36 @@
-"""What a quantised weight is: a format, and its producer's bytes, shared and never changed."""
+"""A quantised weight: its producer's bytes, shared and never changed, and what they mean."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftkern.qlora import reference
+from peftkern.qlora.format import BLOCK_SIZES, Format
 
 if TYPE_CHECKING:
-    from bitsandbytes.nn import Params4bit
-
-BLOCK_SIZES = tuple(2**i for i in range(4, 13))
-BITSANDBYTES_BLOCK_SIZES = BLOCK_SIZES[1:]
-
-
-@dataclass(frozen=True)
-class Format:
-    """A frozen description of an encoding: value = codebook[code] * absmax of its block.
-
-    Codes of `bits` bits lie in row-major order, the first in the high bits of a byte; a block is
-    `block_size` consecutive elements of the flat weight.
-
-    Args:
-        name: what users and files call it.
-        bits: the width of a code.
-        codebook: the `2 ** bits` values, increasing, in [-1, 1].
-    """
-
-    name: str
-    bits: int
-    codebook: tuple[float, ...] = field(repr=False)
-
-
-formats = {"nf4": Format("nf4", 4, reference.NF4)}
-
-
-def _bytes(packed: Tensor) -> Tensor:
-    """uint8 `[bytes, 1]` of any storage dtype that bitsandbytes packs into, in the same storage."""
-    return packed.reshape(-1).view(torch.uint8).view(-1, 1)
-
-
-def find_format(name: str | Format) -> Format:
-    if isinstance(name, Format):
-        return name
-    if name not in formats:
-        raise ValueError(f"format must be one of {', '.join(formats)}, got {name!r}")
-    return formats[name]
+    from bitsandbytes.nn import Int8Params, Params4bit
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A weight as its producer stores it (bitsandbytes' bytes for NF4); immutable.
+    """A weight as its producer stores it (bitsandbytes' bytes, for every format); immutable.
 
     Args:
-        packed: uint8 `[ceil(n / 2), 1]`, two codes a byte, the first in the high nibble.
-        absmax: float32 `[ceil(n / block_size)]`; nested: uint8 codes of the same shape.
-        codebook: float32 `[16]`.
+        packed: 4 bits: two codes a byte, the first in the high nibble; uint8 `[ceil(n / 2), 1]`, or
+            those bytes seen as another dtype, as bitsandbytes' `quant_storage` has them. 8 bits:
+            int8 of the weight's shape.
+        absmax: the scales: float32 `[ceil(n / block_size)]`, nested uint8 codes of the same shape;
+            8 bits: float32 `shape[:-1]`, one a row.
+        codebook: float32 `[16]`; None for 8 bits.
         shape: the logical shape.
         dtype: the dtype it had, and has again when dequantised.
         format: the encoding.
-        block_size: elements of the flat weight that share a scale, a power of two from 16 to 4096.
+        block_size: elements of the flat weight that share a scale, a power of two from 16 to 4096;
+            None where a row shares one.
         nested_absmax: float32 `[ceil(blocks / 256)]`, the scales of the scales; None when plain.
         nested_map: float32 `[256]`, what a scale's code means.
         nested_offset: float32 `[]`, the mean that was taken off the scales.
@@ -71,11 +38,11 @@ class QuantizedWeight:
 
     packed: Tensor
     absmax: Tensor
-    codebook: Tensor
+    codebook: Tensor | None
     shape: torch.Size
     dtype: torch.dtype
     format: Format
-    block_size: int
+    block_size: int | None
     nested_absmax: Tensor | None = None
     nested_map: Tensor | None = None
     nested_offset: Tensor | None = None
@@ -90,8 +57,10 @@ class QuantizedWeight:
 
     @property
     def buffers(self) -> list[Tensor]:
-        """The tensors, in the order in which every op takes them."""
-        plain = [self.packed, self.absmax, self.codebook]
+        """The tensors, in the order in which every op takes them; packed codes as bytes."""
+        if self.codebook is None:
+            return [self.packed, self.absmax]
+        plain = [stored_as(self.packed, torch.uint8), self.absmax, self.codebook]
         if self.nested_absmax is None:
             return plain
         assert self.nested_map is not None and self.nested_offset is not None
@@ -99,11 +68,10 @@ class QuantizedWeight:
 
     @property
     def layout(self) -> list[int]:
-        """experts, rows, columns, block size: what every op needs beside the tensors."""
+        """experts, rows, columns, block size (0: a row) and bits: what ops need beside tensors."""
         *leading, columns = self.shape if self.shape else (1,)
-        if len(leading) == 2:
-            return [leading[0], leading[1], columns, self.block_size]
-        return [1, torch.Size(leading).numel(), columns, self.block_size]
+        rows = leading if len(leading) == 2 else [1, torch.Size(leading).numel()]
+        return [*rows, columns, self.block_size or 0, self.format.bits]
 
     @property
     def nbytes(self) -> int:
@@ -111,7 +79,7 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, in `dtype` or the dtype it had."""
-        from peftkern.qlora.ops import dequantize
+        from peftkern.qlora.codes import dequantize
 
         return dequantize(self, dtype)
 
@@ -127,149 +95,80 @@ class QuantizedWeight:
             return self
         return replace(self, **{k: t.to(device) for k, t in tensors.items()})
 
-    def statistics(self) -> dict[str, Tensor]:
-        """All but the packed bytes, under bitsandbytes' names of them in a state dict."""
-        named = {"absmax": self.absmax, "quant_map": self.codebook}
-        facts: dict[str, Any] = {
-            "quant_type": self.format.name,
-            "blocksize": self.block_size,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "shape": list(self.shape),
-        }
-        if self.nested:
-            assert self.nested_absmax is not None and self.nested_map is not None
-            assert self.nested_offset is not None
-            named["nested_absmax"], named["nested_quant_map"] = self.nested_absmax, self.nested_map
-            facts["nested_blocksize"] = reference.NESTED_BLOCK_SIZE
-            facts["nested_dtype"] = "float32"
-            facts["nested_offset"] = self.nested_offset.item()
-        text = bytearray(json.dumps(facts).encode())
-        key = f"quant_state.bitsandbytes__{self.format.name}"
-        return named | {key: torch.frombuffer(text, dtype=torch.uint8)}
-
-    def with_statistics(self, packed: Tensor, named: dict[str, Tensor]) -> QuantizedWeight:
-        """The weight that a state dict holds, which must be of this one's format and shape.
+    def check(self) -> QuantizedWeight:
+        """Itself. What others have stored must not lead a kernel past the end of a tensor.
 
         Raises:
             ValueError: a part is missing or does not fit.
         """
-        key = f"quant_state.bitsandbytes__{self.format.name}"
-        missing = [k for k in ("absmax", "quant_map", key) if k not in named]
-        if missing:
-            raise ValueError(f"state_dict must have {', '.join(missing)}, got {sorted(named)}")
-        nested = "nested_absmax" in named
-        try:
-            facts = json.loads(bytes(named[key].cpu().numpy()))
-            dtype, offset = (
-                getattr(torch, facts["dtype"]),
-                facts["nested_offset"] if nested else 0.0,
-            )
-            weight = QuantizedWeight(
-                packed=_bytes(packed),
-                absmax=named["absmax"],
-                codebook=named["quant_map"],
-                shape=torch.Size(facts["shape"]),
-                dtype=dtype,
-                format=self.format,
-                block_size=facts["blocksize"],
-                nested_absmax=named["nested_absmax"] if nested else None,
-                nested_map=named["nested_quant_map"] if nested else None,
-                nested_offset=torch.tensor(offset, dtype=torch.float32) if nested else None,
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{key} must be what bitsandbytes writes, got {error!r}") from error
-        if weight.shape != self.shape:
-            raise ValueError(f"shape must be {list(self.shape)}, got {list(weight.shape)}")
-        weight._check_sizes()
-        return weight
+        for name, tensor, shape, dtype in self._parts():
+            if tensor is None or tensor.shape != torch.Size(shape) or tensor.dtype != dtype:
+                got = None if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
+                raise ValueError(f"{name} must be {list(shape)} {dtype}, got {got}")
+        return self
 
-    def _check_sizes(self) -> None:
-        """What is read from a file must not lead a kernel past the end of a tensor."""
-        if self.block_size not in BLOCK_SIZES:
+    def _parts(self) -> list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]]:
+        """bitsandbytes' names of the tensors, and what they must be."""
+        byte, single = torch.uint8, torch.float32
+        if not self.format.in_blocks:
+            rows = self.shape[:-1]
+            return [
+                ("weight", self.packed, self.shape, torch.int8),
+                ("SCB", self.absmax, rows, single),
+            ]
+        block_size = self.block_size or 0
+        if block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
         count = self.shape.numel()
-        blocks = -(-count // self.block_size)
-        byte, single = torch.uint8, torch.float32
-        wanted: list[tuple[str, Tensor | None, list[int], torch.dtype]] = [
-            ("weight", self.packed, [-(-count // 2), 1], byte),
-            ("absmax", self.absmax, [blocks], byte if self.nested else single),
-            ("quant_map", self.codebook, [2**self.format.bits], single),
+        blocks = -(-count // block_size)
+        packed = stored_as(self.packed, byte)
+        parts: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]] = [
+            ("weight", packed, (-(-count // 2), 1), byte),
+            ("absmax", self.absmax, (blocks,), byte if self.nested else single),
+            ("quant_map", self.codebook, (16,), single),
         ]
         if self.nested:
             groups = -(-blocks // reference.NESTED_BLOCK_SIZE)
-            wanted.append(("nested_absmax", self.nested_absmax, [groups], single))
-            wanted.append(("nested_quant_map", self.nested_map, [256], single))
-        for name, tensor, shape, dtype in wanted:
-            if tensor is None or list(tensor.shape) != shape or tensor.dtype != dtype:
-                got = None if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
-                raise ValueError(f"{name} must be {shape} {dtype}, got {got}")
+            parts.append(("nested_absmax", self.nested_absmax, (groups,), single))
+            parts.append(("nested_quant_map", self.nested_map, (256,), single))
+            parts.append(("nested_offset", self.nested_offset, (), single))
+        return parts
 
     @classmethod
-    def from_bnb(cls, params: Params4bit) -> QuantizedWeight:
-        """The weight of a bitsandbytes `Linear4bit`, sharing its storage.
+    def from_bnb(cls, params: nn.Parameter | nn.Module) -> QuantizedWeight:
+        """The weight of a bitsandbytes layer, sharing its storage, before or after a forward.
+
+        Args:
+            params: a `Linear4bit` or a `Linear8bitLt`, or a weight of theirs. The first forward of
+                a `Linear8bitLt` takes the scales off its weight: then it has to be the layer.
 
         Raises:
-            TypeError: not a quantised `Params4bit`.
+            TypeError: nothing that bitsandbytes has quantised.
             ValueError: a format that peftkern does not know, or a weight that bitsandbytes has
                 repacked at an eval forward on a CPU, which rounds its scales.
         """
-        state = getattr(params, "quant_state", None)
-        if state is None:
-            raise TypeError(f"params must be a quantised Params4bit, got {type(params).__name__}")
-        if getattr(state, "packing_format_for_cpu", False):
-            raise ValueError("params must be as they were quantised, got them repacked for a CPU")
-        second = state.state2 if state.nested else None
-        return cls(
-            packed=_bytes(params.data),
-            absmax=state.absmax,
-            codebook=state.code,
-            shape=torch.Size(state.shape),
-            dtype=state.dtype,
-            format=find_format(state.quant_type),
-            block_size=state.blocksize,
-            nested_absmax=second.absmax if second else None,
-            nested_map=second.code if second else None,
-            nested_offset=torch.as_tensor(state.offset) if second else None,
-        )
+        from peftkern.qlora import bnb
 
-    def to_bnb(self) -> Params4bit:
-        """A bitsandbytes `Params4bit` that shares this storage.
+        return bnb.taken(params)
+
+    def to_bnb(self) -> Params4bit | Int8Params:
+        """bitsandbytes' parameter, sharing this storage.
 
         Raises:
-            ValueError: a block size that bitsandbytes does not read.
+            ValueError: a block size, a format or a number of dimensions that bitsandbytes lacks.
         """
-        from bitsandbytes.functional import QuantState
-        from bitsandbytes.nn import Params4bit
+        from peftkern.qlora import bnb
 
-        if self.block_size not in BITSANDBYTES_BLOCK_SIZES:
-            raise ValueError(
-                f"block_size must be one of {BITSANDBYTES_BLOCK_SIZES} for bitsandbytes, "
-                f"got {self.block_size}"
-            )
-        nested: dict[str, Any] = {}
-        if self.nested:
-            second = QuantState(
-                absmax=self.nested_absmax,
-                code=self.nested_map,
-                blocksize=reference.NESTED_BLOCK_SIZE,
-                dtype=torch.float32,
-            )
-            nested = {"offset": self.nested_offset, "state2": second}
-        state = QuantState(
-            absmax=self.absmax,
-            shape=self.shape,
-            code=self.codebook,
-            blocksize=self.block_size,
-            quant_type=self.format.name,
-            dtype=self.dtype,
-            **nested,
-        )
-        return Params4bit(
-            data=self.packed,
-            requires_grad=False,
-            quant_state=state,
-            blocksize=self.block_size,
-            compress_statistics=self.nested,
-            quant_type=self.format.name,
-            bnb_quantized=True,
-        )
+        return bnb.given(self)
+
+
+def stored_as(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Packed bytes `[n, 1]` seen as this dtype, bit for bit, in the same storage where they lie on
+    a multiple of its size.
+    """
+    if packed.dtype == dtype:
+        return packed
+    flat = packed.reshape(-1).view(torch.uint8)
+    if flat.storage_offset() % dtype.itemsize:
+        flat = flat.clone()
+    return flat.view(dtype).view(-1, 1)
