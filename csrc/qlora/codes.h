@@ -33,7 +33,8 @@ PEFTKERN_INLINE const float* scales(const Weight& weight, int64_t begin, int64_t
   return buffer;
 }
 
-// What the codes mean, one at a time and, from a multiple of W on, W at a time.
+// What the codes mean: one at a time; from a multiple of W on, W at a time, and 2 W, those at even
+// places first.
 struct Nibbles {
   const Weight& weight;
   Table table;
@@ -47,12 +48,23 @@ PEFTKERN_INLINE F vector(const Nibbles& n, int64_t i) {
   return Table::look_up(n.table, codes(n.weight.packed + i / 2));
 }
 
+PEFTKERN_INLINE void pairs(const Nibbles& n, int64_t i, F& first, F& second) {
+  const U byte = load_bytes(n.weight.packed + i / 2);
+  first = Table::look_up(n.table, byte >> 4);
+  second = Table::look_up(n.table, byte);
+}
+
 struct Bytes {
   const int8_t* codes;
   explicit Bytes(const Weight& w) : codes(reinterpret_cast<const int8_t*>(w.packed)) {}
 };
 PEFTKERN_INLINE float one(const Bytes& b, int64_t i) { return b.codes[i]; }
 PEFTKERN_INLINE F vector(const Bytes& b, int64_t i) { return load(b.codes + i); }
+PEFTKERN_INLINE void pairs(const Bytes& b, int64_t i, F& first, F& second) {
+  const U two = widen(reinterpret_cast<const uint16_t*>(b.codes + i));
+  first = __builtin_convertvector(I(two << 24) >> 24, F);
+  second = __builtin_convertvector(I(two << 16) >> 24, F);
+}
 
 template <typename T>
 PEFTKERN_INLINE void store_one(T* to, float value) {
@@ -73,19 +85,19 @@ PEFTKERN_INLINE int64_t dequantize_pairs(const Codes&, float, int64_t, int64_t, 
   return 0;
 }
 
-// In bf16 the two values of a byte are the halves of one lane, so nothing has to be put in order,
-// and what is finite is rounded in three steps.
+// In bf16 two values that follow one another are the halves of a lane, so nothing has to be put in
+// order, and what is finite is rounded in three steps.
 PEFTKERN_INLINE U rounded_up(F v) { return U(v) + 0x7FFFu + (U(v) >> 16 & 1u); }
 
-PEFTKERN_INLINE int64_t dequantize_pairs(const Nibbles& codes, float scale, int64_t begin,
+template <typename Codes>
+PEFTKERN_INLINE int64_t dequantize_pairs(const Codes& codes, float scale, int64_t begin,
                                          int64_t end, peftkern::bf16* out) {
   if (!(scale * 0.0f == 0.0f)) return 0;  // what is no number is not rounded by adding
   int64_t i = begin;
   for (; i + 2 * W <= end; i += 2 * W, out += 2 * W) {
-    const U byte = load_bytes(codes.weight.packed + i / 2);
-    const U first = rounded_up(Table::look_up(codes.table, byte >> 4) * scale);
-    const U second = rounded_up(Table::look_up(codes.table, byte) * scale);
-    const U both = first >> 16 | (second & 0xFFFF0000u);
+    F first, second;
+    pairs(codes, i, first, second);
+    const U both = rounded_up(first * scale) >> 16 | (rounded_up(second * scale) & 0xFFFF0000u);
     std::memcpy(out, &both, sizeof both);
   }
   return i - begin;
