@@ -145,7 +145,7 @@ class Base {
     return static_cast<const T*>(weight_[i].const_data_ptr());
   }
 
-  const std::vector<Tensor>& weight_;
+  std::vector<Tensor> weight_;
 };
 
 }  // namespace peftkern::qlora
