@@ -95,9 +95,7 @@ def test_an_int8_weight_alone_serves_until_the_first_forward():
     theirs = linear8bit()
     assert torch.equal(QuantizedWeight.from_bnb(theirs.weight).packed, theirs.weight.data)
     theirs(normal((3, 64)))
-    with pytest.raises(
-        TypeError, match="^params must be a quantised Params4bit or Int8Params"
-    ):
+    with pytest.raises(TypeError, match="^params must be a quantised Params4bit or Int8Params"):
         QuantizedWeight.from_bnb(theirs.weight)
 
 
