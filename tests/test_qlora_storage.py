@@ -118,6 +118,18 @@ def test_casting_a_model_leaves_stored_bytes_alone(storage, cast, swap):
         torch.__future__.set_swap_module_params_on_conversion(False)
 
 
+@pytest.mark.parametrize("cast", CASTS)
+def test_casting_a_model_leaves_int8_alone(cast):
+    layer = QLoRALinear.from_linear(nn.Linear(COLUMNS, ROWS), r=2, base="int8")
+    before, wanted = layer.weight.clone(), layer.quantized_weight.dequantize()
+    layer.to(cast)
+    assert layer.lora_A.dtype == layer.bias.dtype == cast
+    assert layer.weight.shape == before.shape and torch.equal(layer.weight, before)
+    assert torch.equal(layer.quantized_weight.dequantize(), wanted)
+    x = torch.randn(3, COLUMNS).to(cast)
+    assert layer(x).dtype == cast
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 def test_moving_keeps_shape_and_storage(storage, device):
     layer = layer_of(stored(storage))
@@ -182,6 +194,21 @@ def test_bytes_that_lie_between_two_floats_load_too(offset):
     nn.init.zeros_(layer.weight)
     layer.load_state_dict(state, strict=True)
     assert torch.equal(raw(layer.weight), raw(source.weight))
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_codes_may_lie_at_any_address(isa, format, offset):
+    """A shard or a mapped file puts them where it will."""
+    weight = qlora.quantize(torch.randn(16, COLUMNS), format)
+    memory = torch.zeros(weight.packed.nbytes + 4, dtype=torch.uint8)
+    there = memory[offset : offset + weight.packed.nbytes].view(weight.packed.dtype)
+    there = there.view(weight.packed.shape).copy_(weight.packed)
+    moved = QuantizedWeight(**{**vars(weight), "packed": there})
+    for rows in (1, 40):
+        x = torch.randn(rows, COLUMNS)
+        assert torch.equal(qlora.linear(x, moved), qlora.linear(x, weight))
+    assert torch.equal(moved.dequantize(), weight.dequantize())
 
 
 def test_codes_that_somebody_has_converted_are_refused():
