@@ -1,4 +1,4 @@
-"""Layers to measure, and their inputs: weights that NF4 represents exactly, in several copies."""
+"""Layers to measure, and their inputs: weights that a format holds exactly, in several copies."""
 
 from __future__ import annotations
 
@@ -28,10 +28,14 @@ class Case:
     rows: int
     rank: int = 0
     beyond_cache: bool = False  # so many copies of the weight that no cache holds them all
+    format: str = "nf4"
 
     @property
     def packed_bytes(self) -> int:
-        return self.outputs * self.inputs // 2 + 4 * self.outputs * self.inputs // BLOCK_SIZE
+        count = self.outputs * self.inputs
+        if qlora.formats[self.format].in_blocks:
+            return count // 2 + 4 * count // BLOCK_SIZE
+        return count + 4 * self.outputs
 
     def work(self, products: int = 1) -> Work:
         ends = self.inputs + self.outputs
@@ -43,14 +47,19 @@ class Case:
 
 
 def weights(case: Case, copies: int) -> list[tuple[Tensor, ...]]:
-    """Weights that NF4 represents exactly, and an adapter that matters. Copies are one matrix,
-    rolled by blocks: other values in every place, without the time to draw and round them all.
+    """Weights that the format holds exactly, and an adapter that matters. Copies are one matrix,
+    rolled by what shares a scale: other values in every place, without drawing and rounding them
+    all.
     """
     generator = torch.Generator().manual_seed(0)
     draw = partial(torch.randn, generator=generator)
     dense = draw(case.outputs, case.inputs) / case.inputs**0.5
-    dense = qlora.dequantize(qlora.quantize(dense, "nf4", BLOCK_SIZE))
-    rolled = [dense.view(-1).roll(i * BLOCK_SIZE).view_as(dense) for i in range(copies)]
+    if qlora.formats[case.format].in_blocks:
+        dense = qlora.dequantize(qlora.quantize(dense, case.format, BLOCK_SIZE))
+        step = BLOCK_SIZE
+    else:
+        dense, step = _in_powers_of_two(dense), case.inputs
+    rolled = [dense.view(-1).roll(i * step).view_as(dense) for i in range(copies)]
     frozen: list[tuple[Tensor, ...]] = [(w,) for w in rolled]
     if not case.rank:
         return frozen
@@ -59,6 +68,16 @@ def weights(case: Case, copies: int) -> list[tuple[Tensor, ...]]:
         for _ in range(copies)
     ]
     return [(*w, *ab) for w, ab in zip(frozen, adapters, strict=True)]
+
+
+def _in_powers_of_two(dense: Tensor) -> Tensor:
+    """Codes of 8 bits times a power of two for each row: what float16 holds too, to which
+    bitsandbytes rounds first.
+    """
+    step = torch.exp2((dense.abs().amax(1, keepdim=True) / 127).log2().ceil())
+    codes = (dense / step).round()
+    codes[:, 0] = 127
+    return codes * step
 
 
 def sets(case: Case, quick: bool, *live: tuple[int, ...]) -> list[Inputs]:

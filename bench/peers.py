@@ -7,6 +7,7 @@ ImportError, which becomes a row.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -34,23 +35,38 @@ def compiled(weight: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None
     return torch.compile(dense(weight, lora_a, lora_b), fullgraph=True)
 
 
-def linear4bit(weight: Tensor) -> nn.Module:
+def linear4bit(weight: Tensor, format: str = "nf4") -> nn.Module:
     """bitsandbytes' layer in training mode: in that mode it leaves its weight as it was packed."""
     import bitsandbytes
 
     layer = bitsandbytes.nn.Linear4bit(
         weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.float32,
-        compress_statistics=False, quant_type="nf4",
+        compress_statistics=False, quant_type=format,
     )  # fmt: skip
     layer.weight = bitsandbytes.nn.Params4bit(
-        weight, requires_grad=False, quant_type="nf4", blocksize=BLOCK_SIZE,
+        weight, requires_grad=False, quant_type=format, blocksize=BLOCK_SIZE,
         compress_statistics=False, module=layer,
     )  # fmt: skip
     return layer.to("cpu").train()
 
 
-def bitsandbytes_fresh(weight: Tensor) -> Call:
-    return linear4bit(weight)
+def bitsandbytes_fresh(weight: Tensor, format: str = "nf4") -> Call:
+    return linear4bit(weight, format)
+
+
+def bitsandbytes_8bit(weight: Tensor, training: bool = False) -> Call:
+    """LLM.int8() without outliers. In eval mode it rounds activations to 8 bits; in training mode,
+    on a CPU, it dequantises the weight. That it casts to float16 it says at each call, which is
+    not to be timed.
+    """
+    import bitsandbytes
+
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    layer = bitsandbytes.nn.Linear8bitLt(
+        weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False
+    )
+    layer.weight.data = weight
+    return layer.to("cpu").train(training)
 
 
 def bitsandbytes_repacked(weight: Tensor) -> Call:

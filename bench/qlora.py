@@ -1,8 +1,9 @@
-"""qlora against what users would use otherwise, on NF4 weights of block size 64.
+"""qlora against what users would use otherwise, on NF4 weights of block size 64, FP4 and int8.
 
-Traffic of one product: a packed weight of N x K is read once (0.5 bytes a code and 4 for each 64),
-activations are read and written once. Operations: 2 M N K a product, forward or dX. Ratios are
-against peftkern: what is "slower" there is what a user would wait for otherwise.
+Traffic of one product: a packed weight of N x K is read once (0.5 bytes a code and 4 for each 64;
+int8: 1 byte a code and 4 for each row), activations are read and written once. Operations: 2 M N K
+a product, forward or dX. Ratios are against peftkern: what is "slower" there is what a user would
+wait for otherwise.
 """
 
 from __future__ import annotations
@@ -40,6 +41,14 @@ TRAIN = (
     Case("attention 4096 x 4096, 512 rows, r 16", 4096, 4096, 512, rank=16),
     Case("call 16 x 16, 1 row, r 4", 16, 16, 1, rank=4),
 )
+FP4 = tuple(
+    Case(f"fp4 4096 x 4096, {rows}", 4096, 4096, count, format="fp4")
+    for count, rows in ((1, "1 row"), (512, "512 rows"))
+)
+INT8_ROWS = tuple(
+    Case(f"int8 4096 x 4096, {rows}", 4096, 4096, count, format="int8")
+    for count, rows in ((1, "1 row"), (512, "512 rows"))
+)
 STORE = (Case("4096 x 4096", 4096, 4096, 1),)
 
 SHORT_LIST = (
@@ -55,8 +64,10 @@ def plain(x: Tensor, weight: Tensor, *adapter: Tensor) -> Tensor:
     return reference.linear(x, weight, None, *adapter, scale=SCALE)
 
 
-def ours(weight: Tensor, *adapter: Tensor) -> Callable[[Tensor], Tensor]:
-    quantized = qlora.quantize(weight, "nf4", BLOCK_SIZE)
+def ours(
+    weight: Tensor, *adapter: Tensor, format: str = "nf4", block_size: int | None = BLOCK_SIZE
+) -> Callable[[Tensor], Tensor]:
+    quantized = qlora.quantize(weight, format, block_size)
     return lambda x: qlora.linear(x, quantized, None, *adapter, scale=SCALE)
 
 
@@ -126,6 +137,31 @@ def decode(quick: bool) -> Iterator[Row]:
             "qlora", "linear", case.name, some, sets(case, quick, (case.rows, case.inputs)),
             lambda weight, x: plain(x, weight), baseline="peftkern", work=case.work(), quick=quick,
         )  # fmt: skip
+
+
+def other_formats(quick: bool) -> Iterator[Row]:
+    fp4 = {
+        "peftkern": Contender(partial(ours, format="fp4")),
+        "torch dense": Contender(peers.dense),
+        "bitsandbytes, fresh": Contender(partial(peers.bitsandbytes_fresh, format="fp4")),
+    }
+    int8 = {
+        "peftkern": Contender(partial(ours, format="int8", block_size=None)),
+        "torch dense": Contender(peers.dense),
+        "bitsandbytes Linear8bitLt, eval": Contender(
+            peers.bitsandbytes_8bit, "activations in int8", 5e-2
+        ),
+        "bitsandbytes Linear8bitLt, training": Contender(
+            partial(peers.bitsandbytes_8bit, training=True)
+        ),
+    }
+    for cases, contenders in ((FP4, fp4), (INT8_ROWS, int8)):
+        for case in cases:
+            yield from measure(
+                "qlora", "linear", case.name, contenders,
+                sets(case, quick, (case.rows, case.inputs)), lambda weight, x: plain(x, weight),
+                baseline="peftkern", work=case.work(), quick=quick,
+            )  # fmt: skip
 
 
 def decode_lora(quick: bool) -> Iterator[Row]:
@@ -248,6 +284,8 @@ def _decode(
 def rows(device: str = "cpu", quick: bool = False) -> Iterator[Row]:
     if torch.device(device).type != "cpu":
         raise ValueError(f"device must be cpu for qlora's benchmarks, got {device}")
-    parts = (decode, decode_lora, input_gradients, training, quantizing, dequantizing)
+    parts = (
+        decode, other_formats, decode_lora, input_gradients, training, quantizing, dequantizing,
+    )  # fmt: skip
     for part in parts:
         yield from part(quick)

@@ -10,12 +10,22 @@ import peftkern
 from peftkern import LoraConfig, QLoRALinear
 
 
-def eight_bit(layer):
+def eight_bit_later(layer):
     return bnb.nn.Linear8bitLt(32, 32, has_fp16_weights=False)
 
 
+def eight_bit_in_float(layer):
+    return bnb.nn.Linear8bitLt(32, 32).to("cpu")
+
+
+def eight_bit_with_outliers(layer):
+    return bnb.nn.Linear8bitLt(32, 32, has_fp16_weights=False, threshold=6.0).to("cpu")
+
+
 def unknown_format(layer):
-    return bnb.nn.Linear4bit(32, 32, quant_type="fp4").to("cpu")
+    layer = bnb.nn.Linear4bit(32, 32, quant_type="fp4").to("cpu")
+    layer.weight.quant_state.quant_type = "fp3"
+    return layer
 
 
 def not_quantised(layer):
@@ -57,8 +67,10 @@ def transposed(layer):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (eight_bit, "none of nn.Linear"),
-        (unknown_format, "fp4"),
+        (eight_bit_later, "not quantised yet"),
+        (eight_bit_in_float, "kept in float"),
+        (eight_bit_with_outliers, "its threshold is 6: activations beyond it"),
+        (unknown_format, "fp3 is none of nf4, fp4, int8"),
         (not_quantised, "not quantised yet"),
         (repacked, "repacked"),
         (own_forward, "Scaled"),

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peftkern.qlora import LoraConfig, QLoRALinear, quantize, reference
 
-BASES = (None, "nf4")
+BASES = (None, "nf4", "fp4", "int8")
 
 
 def make(rows=24, columns=64, base="nf4", bias=True, seed=0, dtype=torch.float32, **options):

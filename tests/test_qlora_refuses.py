@@ -123,3 +123,34 @@ def test_a_raw_op_cannot_leave_its_memory():
     ):
         with pytest.raises(RuntimeError, match=words):
             op(*bad)
+    eight = qlora.quantize(torch.ones(8, 32), "int8")
+    codes, scales = eight.buffers
+    for tensors, layout in (
+        ([codes], eight.layout),
+        ([codes, scales[:7]], eight.layout),
+        ([codes[:7], scales], eight.layout),
+        ([codes.view(torch.uint8), scales], eight.layout),
+        ([codes, scales.double()], eight.layout),
+        ([codes, scales], [1, 9, 32, 0, 8]),
+        ([codes, scales], [1, 8, 32, 0, 4]),
+        ([codes, scales], [1, 8, 32, 0, 6]),
+        ([codes, scales], [1, 8, 32, 0]),
+        (buffers, eight.layout),
+    ):
+        with pytest.raises(RuntimeError):
+            op(x, tensors, layout, bias, lora_a, lora_b, *rest)
+    thresholds, ranks = weight.format.tables(x.device)
+    quantize = torch.ops.peftkern.qlora_quantize
+    for bad in (
+        (x, [], 64, 4),
+        (x, [thresholds[:14], ranks], 64, 4),
+        (x, [thresholds, ranks[:15]], 64, 4),
+        (x, [thresholds, ranks.int()], 64, 4),
+        (x, [thresholds, ranks], 48, 4),
+        (x.t(), [thresholds, ranks], 64, 4),
+        (x.t(), [], 0, 8),
+        (torch.tensor(1.0), [], 0, 8),
+        (x, [], 0, 5),
+    ):
+        with pytest.raises(RuntimeError):
+            quantize(*bad)

@@ -16,8 +16,8 @@ PEFTKERN_INLINE F load_first(const float* from, int64_t n) {
   return v;
 }
 PEFTKERN_INLINE U load_first(const uint32_t* from, int64_t n) {
-  U v{};
-  for (int i = 0; i < W && i < n; ++i) v[i] = from[i];
+  U v{};  // packed bytes may lie anywhere
+  if (n > 0) std::memcpy(&v, from, static_cast<size_t>(min(n, W)) * sizeof(uint32_t));
   return v;
 }
 PEFTKERN_INLINE F permute(F v, U index) {

@@ -211,8 +211,8 @@ void quantize(const T* weight, int64_t count, const Rounding& rounding, int64_t 
 template <typename T>
 void quantize_rows(const T* weight, int64_t columns, int64_t begin, int64_t end, int8_t* codes,
                    float* absmax) {
-  const F round =
-      splat(0x1.8p23f);  // added to a small number, it leaves an integer in the low bits
+  // Added to a small number, it leaves the nearest integer in the low bits.
+  const F round = splat(0x1.8p23f);
   for (int64_t row = begin; row < end; ++row) {
     const T* from = weight + row * columns;
     float most = largest(from, columns);

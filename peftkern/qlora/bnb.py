@@ -198,9 +198,8 @@ def _require(named: dict[str, Tensor], *keys: str) -> None:
 
 def _loaded_8bit(like: QuantizedWeight, codes: Tensor, named: dict[str, Tensor]) -> QuantizedWeight:
     _require(named, SCALES)
-    order = int(named[ORDER]) if ORDER in named else 0
-    if order != 0:
-        raise ValueError(f"{ORDER} must be 0, row after row, got {order}")
+    if (order := named.get(ORDER)) is not None and order.any():
+        raise ValueError(f"{ORDER} must be 0, row after row, got {order.tolist()}")
     scales = named[SCALES]
     return QuantizedWeight(codes, scales, None, codes.shape, like.dtype, like.format, None)
 

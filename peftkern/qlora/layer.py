@@ -88,8 +88,8 @@ class LoraConfig:
 class QLoRALinear(nn.Module):
     """y = x W^T + bias + scaling * (D(x) A^T) B^T; W and bias are frozen, A and B train.
 
-    `state_dict` has `weight`, `weight.absmax`, … with the bytes that bitsandbytes writes (or one
-    dense `weight`), `bias`, `lora_A` and `lora_B`.
+    `state_dict` has the keys and bytes that bitsandbytes writes (`weight`, `weight.absmax`, …; for
+    int8 `weight`, `SCB`, `weight_format`) or one dense `weight`, `bias`, `lora_A` and `lora_B`.
 
     Args:
         weight: `[out, in]`, quantised or dense. Its storage is shared, never copied or changed.
@@ -187,10 +187,10 @@ class QLoRALinear(nn.Module):
 
         Bytes may be stored as floats, which `fn` would convert: it is shown them as bytes.
         """
-        weight = self.weight
+        codes = None if self._quantized is None else self.weight
 
         def bits_kept(tensor: Tensor) -> Tensor:
-            if self._quantized is None or tensor is not weight:
+            if tensor is not codes or not tensor.is_floating_point():
                 return fn(tensor)  # type: ignore[no-any-return]
             return stored_as(fn(stored_as(tensor, torch.uint8)), tensor.dtype)
 

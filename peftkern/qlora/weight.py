@@ -169,6 +169,6 @@ def stored_as(packed: Tensor, dtype: torch.dtype) -> Tensor:
     if packed.dtype == dtype:
         return packed
     flat = packed.reshape(-1).view(torch.uint8)
-    if flat.storage_offset() % dtype.itemsize:
+    if dtype.itemsize > 1 and flat.storage_offset() % dtype.itemsize:
         flat = flat.clone()
     return flat.view(dtype).view(-1, 1)

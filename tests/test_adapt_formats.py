@@ -1,0 +1,105 @@
+"""Models in every format: those that bitsandbytes has quantised, and those that `adapt` does."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from models import placed, tokens, toy
+from samples import FORMATS
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import peftkern
+from peftkern import LoraConfig, QLoRALinear
+from peftkern.qlora import reference
+
+WIDTH = 64
+
+
+def fp4(storage=torch.uint8):
+    layer = bnb.nn.Linear4bit(WIDTH, WIDTH, quant_type="fp4", quant_storage=storage)
+    return layer.to("cpu")
+
+
+def int8():
+    return bnb.nn.Linear8bitLt(WIDTH, WIDTH, has_fp16_weights=False).to("cpu")
+
+
+def int8_after_a_forward():
+    layer = int8()
+    layer(torch.randn(3, WIDTH))
+    return layer
+
+
+@pytest.mark.parametrize("make", [fp4, lambda: fp4(torch.bfloat16), int8, int8_after_a_forward])
+@pytest.mark.parametrize("base", [None, "nf4"])
+def test_layers_of_bitsandbytes_are_taken_as_they_are(make, base):
+    model = toy(width=WIDTH)
+    layer = model.layers[0].q_proj = make()
+    expected = model.train()(tokens())
+    peftkern.adapt(model, LoraConfig(target_modules=["0.q_proj"], base=base))
+    ours = model.layers[0].q_proj
+    assert ours.weight.data_ptr() == layer.weight.data_ptr()
+    assert ours.weight.dtype == layer.weight.dtype
+    # int8 there rounds activations on a GPU; on a CPU in training it dequantises, as ours does
+    torch.testing.assert_close(model(tokens()), expected)
+    row = peftkern.report(model).rows[0]
+    assert row.format in ("fp4", "int8") and row.bytes < 4 * WIDTH * WIDTH
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_adapt_quantises_to_any_format_and_trains(format, tmp_path):
+    model = toy(width=WIDTH)
+    before = model(tokens())
+    peftkern.adapt(model, LoraConfig(r=4, base=format))
+    layers = [m for m in model.modules() if isinstance(m, QLoRALinear)]
+    assert layers and {m.quantized_weight.format.name for m in layers} == {format}
+    assert {m.weight.dtype for m in layers} == {torch.int8 if format == "int8" else torch.uint8}
+    after = model(tokens())
+    assert (after - before).abs().max() < 0.5 * before.abs().max()
+    optimizer = torch.optim.SGD(peftkern.trainable_parameters(model), lr=0.1)
+    losses = []
+    for _ in range(4):
+        loss = model(tokens()).square().mean()
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    expected = model(tokens())
+    peftkern.save_adapter(model, tmp_path)
+    for layer in layers:
+        nn.init.zeros_(layer.lora_B)
+    peftkern.load_adapter(model, tmp_path)
+    assert torch.equal(model(tokens()), expected)
+    assert f" {format} " in str(peftkern.report(model))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_transposed_linear_is_quantised_to_any_format(format):
+    model = toy()
+    convolution = model.layers[0].q_proj = Conv1D(32, 32)
+    peftkern.adapt(model, LoraConfig(target_modules=["0.q_proj"], base=format))
+    layer, x = model.layers[0].q_proj, torch.randn(3, 32)
+    weight = layer.quantized_weight.dequantize()
+    assert (weight - convolution.weight.t()).abs().max() < 0.3 * convolution.weight.abs().max()
+    torch.testing.assert_close(layer(x), reference.linear(x, weight, convolution.bias))
+
+
+def test_a_model_of_mixed_formats_is_one_state_dict():
+    def build():
+        torch.manual_seed(3)
+        model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in FORMATS])
+        for place, format in enumerate(FORMATS):
+            config = LoraConfig(r=2, base=format, target_modules=[str(place)])
+            peftkern.adapt(model, config)
+        return model
+
+    model, other = build(), build()
+    for layer in model:
+        nn.init.normal_(layer.lora_B)
+    state = model.state_dict()
+    assert "0.weight.absmax" in state and "2.SCB" in state
+    other.load_state_dict(state, strict=True)
+    x = torch.randn(5, WIDTH)
+    assert torch.equal(model(x), other(x))
+    assert len(placed(model)) == len(FORMATS)
