@@ -160,7 +160,7 @@ def test_bitsandbytes_weights_are_taken_as_they_are(nested, base):
     torch.testing.assert_close(model(tokens()), expected)
 
 
-def test_a_transposed_weight_is_quantised_but_never_copied():
+def test_a_transposed_weight_is_quantised_in_the_order_of_its_rows():
     model = toy()
     convolution = model.layers[0].q_proj = Conv1D(32, 32)
     peftkern.adapt(model, LoraConfig(base="nf4", nested=False))
@@ -169,10 +169,31 @@ def test_a_transposed_weight_is_quantised_but_never_copied():
     assert (weight - convolution.weight.t()).abs().max() < 0.2 * convolution.weight.abs().max()
     torch.testing.assert_close(layer(x), reference.linear(x, weight, convolution.bias))
 
+
+@pytest.mark.parametrize("kind", ["Conv1D", "a view"])
+def test_a_transposed_weight_is_turned_round(kind):
+    model = toy()
+    linear = model.layers[0].gate_proj
+    if kind == "Conv1D":
+        linear = model.layers[0].gate_proj = Conv1D(64, 32)
+    else:
+        linear.weight = nn.Parameter(torch.randn(32, 64).t())
+    expected = model(tokens())
+    peftkern.adapt(model, LoraConfig())
+    layer = model.layers[0].gate_proj
+    assert isinstance(layer, QLoRALinear) and layer.weight.shape == (64, 32)
+    assert layer.weight.is_contiguous() and not layer.weight.requires_grad
+    torch.testing.assert_close(model(tokens()), expected)
+
+
+def test_a_transposed_weight_that_is_tied_stays_tied():
     model = toy()
     model.layers[0].q_proj = Conv1D(32, 32)
-    peftkern.adapt(model, LoraConfig())
-    assert "transposed" in reasons(model)["layers.0.q_proj"]
+    model.layers[1].q_proj = Conv1D(32, 32)
+    model.layers[1].q_proj.weight = model.layers[0].q_proj.weight
+    peftkern.adapt(model, LoraConfig(base="nf4"))
+    assert model.layers[1].q_proj.weight is model.layers[0].q_proj.weight
+    assert "tied to layers.1.q_proj" in reasons(model)["layers.0.q_proj"]
 
 
 def test_hooks_move_along_and_their_handles_still_remove_them():

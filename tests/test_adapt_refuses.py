@@ -4,6 +4,7 @@ import bitsandbytes as bnb
 import peft
 import pytest
 from models import assert_unchanged, placed, reasons, snapshot, toy
+from peft.tuners.lora.config import CordaConfig
 from torch import nn
 
 import peftkern
@@ -49,11 +50,6 @@ def on_meta(layer):
     return layer.to("meta")
 
 
-def transposed(layer):
-    layer.weight = nn.Parameter(layer.weight.t())
-    return layer
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -65,7 +61,6 @@ def transposed(layer):
         (patched_forward, "replaced on the instance"),
         (parametrised, "computed"),
         (on_meta, "meta"),
-        (transposed, "transposed"),
     ],
 )
 def test_what_does_not_fit_is_left_alone_with_its_reason(change, reason):
@@ -130,8 +125,8 @@ def test_a_failure_on_the_way_leaves_the_model_unchanged(monkeypatch):
     before = snapshot(model)
     from_config = QLoRALinear.from_config
 
-    def fail_at_third(linear, config):
-        built.append(from_config(linear, config))
+    def fail_at_third(linear, config, factors):
+        built.append(from_config(linear, config, factors))
         if len(built) == 3:
             raise MemoryError("no more")
         return built[-1]
@@ -145,10 +140,12 @@ def test_a_failure_on_the_way_leaves_the_model_unchanged(monkeypatch):
 @pytest.mark.parametrize(
     ("field", "options"),
     [
-        ("use_dora", dict(use_dora=True)),
         ("bias", dict(bias="all")),
         ("modules_to_save", dict(modules_to_save=["lm_head"])),
-        ("init_lora_weights", dict(init_lora_weights="pissa")),
+        ("eva_config", dict(init_lora_weights="eva")),
+        ("init_lora_weights", dict(init_lora_weights="orthogonal")),
+        ("init_lora_weights", dict(init_lora_weights="mica")),
+        ("corda_config", dict(init_lora_weights="corda", corda_config=CordaConfig())),
         ("layers_to_transform", dict(layers_to_transform=[0])),
         ("lora_bias", dict(lora_bias=True)),
         ("use_qalora", dict(use_qalora=True)),
@@ -185,7 +182,14 @@ def test_a_config_refuses_what_is_no_regular_expression(options):
         ("r", dict(r=0)),
         ("typo_proj", dict(rank_pattern={"typo_proj": 0})),
         ("lora_dropout", dict(lora_dropout=1.5)),
-        ("init_lora_weights", dict(init_lora_weights="pissa")),
+        ("init_lora_weights", dict(init_lora_weights="pizza")),
+        ("init_lora_weights", dict(init_lora_weights="pissa_niter_")),
+        ("init_lora_weights", dict(init_lora_weights=None)),
+        ("init_lora_weights", dict(init_lora_weights="loftq_0", base="nf4")),
+        ("base", dict(init_lora_weights="loftq")),
+        ("lora_alpha", dict(init_lora_weights="pissa", lora_alpha=0)),
+        ("q_proj", dict(init_lora_weights="corda", alpha_pattern={"q_proj": -1})),
+        ("bias", dict(bias="all")),
         ("format", dict(base="int3")),
         ("block_size", dict(block_size=48)),
     ],

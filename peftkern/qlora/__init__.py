@@ -1,6 +1,7 @@
 """LoRA on a quantised linear."""
 
-from peftkern.qlora.layer import LoraConfig, QLoRALinear
+from peftkern.qlora.config import LoraConfig
+from peftkern.qlora.layer import QLoRALinear
 from peftkern.qlora.ops import dequantize, expert_linear, linear, quantize
 from peftkern.qlora.weight import Format, QuantizedWeight, formats
 
