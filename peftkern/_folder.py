@@ -49,10 +49,10 @@ def write(path: Path, config: bytes, tensors: bytes) -> None:
     _finish(path)
     (path / (TENSORS + NEW)).unlink(missing_ok=True)  # of a save that was killed before it counted
     if (path / CONFIG).is_file() and (path / CONFIG).read_bytes() == config:
-        _replace(path / TENSORS, tensors)
+        replace(path / TENSORS, tensors)
         return
-    _replace(path / (TENSORS + NEW), tensors)
-    _replace(path / (CONFIG + NEW), config)
+    replace(path / (TENSORS + NEW), tensors)
+    replace(path / (CONFIG + NEW), config)
     _finish(path)
 
 
@@ -67,7 +67,7 @@ def _finish(path: Path) -> None:
         _sync(path)
 
 
-def _replace(file: Path, content: bytes) -> None:
+def replace(file: Path, content: bytes) -> None:
     """In one step, once the content is on the disk."""
     temporary = file.with_name(file.name + ".tmp")
     with open(temporary, "wb") as out:

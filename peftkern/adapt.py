@@ -11,8 +11,9 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from peftkern import _peft, _select
-from peftkern.qlora import LoraConfig, QLoRALinear
+from peftkern.qlora import LoraConfig, QLoRALinear, QuantizedWeight
 from peftkern.qlora.init import Factors
+from peftkern.qlora.layer import base_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -180,20 +181,25 @@ def place(model: nn.Module, plan: Plan) -> None:
 
 def _copies(module: nn.Module, config: LoraConfig) -> bool:
     """Whether the layer in this module's place has a weight of its own."""
-    if getattr(module.weight, "quant_state", None) is not None:
+    if isinstance(base_of(module), QuantizedWeight):
         return False
     return config.base is not None or _select.is_transposed(module)
 
 
+def as_linear(module: nn.Module) -> nn.Module:
+    """The module, or of a `Conv1D` one whose weight is the same seen the other way round."""
+    if not _select.is_a(module, "transformers", "Conv1D"):
+        return module
+    assert isinstance(module.weight, Tensor)
+    linear = nn.Module()
+    linear.weight = nn.Parameter(module.weight.detach().t(), requires_grad=False)
+    linear.bias = module.bias
+    linear.training = module.training
+    return linear
+
+
 def _build(module: nn.Module, config: LoraConfig, factors: Factors | None) -> QLoRALinear:
-    linear = module
-    if _select.is_a(module, "transformers", "Conv1D"):
-        assert isinstance(module.weight, Tensor)
-        linear = nn.Module()  # the same, its weight seen the other way round
-        linear.weight = nn.Parameter(module.weight.detach().t(), requires_grad=False)
-        linear.bias = module.bias
-        linear.training = module.training
-    layer = QLoRALinear.from_config(linear, config, factors)
+    layer = QLoRALinear.from_config(as_linear(module), config, factors)
     for hooks in HOOKS:  # the dictionaries themselves, which the handles of the hooks refer to
         setattr(layer, hooks, getattr(module, hooks))
     return layer

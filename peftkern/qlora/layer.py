@@ -142,18 +142,17 @@ class QLoRALinear(nn.Module):
     def from_config(
         cls, linear: nn.Module, config: LoraConfig, factors: init.Factors | None = None
     ) -> QLoRALinear:
-        weight: Tensor = linear.weight  # type: ignore[assignment]
-        base: QuantizedWeight | Tensor
-        if getattr(weight, "quant_state", None) is not None:
-            base = QuantizedWeight.from_bnb(weight)
+        base = base_of(linear)
+        if isinstance(base, QuantizedWeight):
+            pass
         elif config.base is None:
-            base = weight if weight.is_contiguous() else weight.detach().contiguous()
+            base = base if base.is_contiguous() else base.detach().contiguous()
         elif config.start == "loftq":
-            base, factors = init.loftq(weight, config)
+            base, factors = init.loftq(base, config)
         else:
             # From the weight as it was: quantising is not undone by decomposing what is left.
-            factors = init.factors(weight, config) if factors is None else factors
-            base = quantize(weight, config.base, config.block_size, config.nested)
+            factors = init.factors(base, config) if factors is None else factors
+            base = quantize(base, config.base, config.block_size, config.nested)
         return cls(base, linear.bias, config, factors).train(linear.training)  # type: ignore[arg-type]
 
     @property
@@ -221,6 +220,14 @@ class QLoRALinear(nn.Module):
             f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, base={base}, "
             f"bias={self.bias is not None}" + ", dora=True" * self.use_dora
         )
+
+
+def base_of(linear: nn.Module) -> QuantizedWeight | Tensor:
+    """The weight of a linear as it is stored: quantised by bitsandbytes, or the very parameter."""
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    if getattr(weight, "quant_state", None) is not None:
+        return QuantizedWeight.from_bnb(weight)
+    return weight
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
