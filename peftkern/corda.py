@@ -111,11 +111,14 @@ def _moments(
     if missing:
         new = _measure(model, missing, run)
         for name, moment in new.items():
-            if name in files:
+            if name in files and torch.isfinite(moment).all():
                 files[name].parent.mkdir(parents=True, exist_ok=True)
                 content = safetensors.torch.save({"moment": moment.cpu()}, {"format": "pt"})
                 _folder.replace(files[name], content)
         found |= new
+    for name, moment in found.items():
+        if not torch.isfinite(moment).all():
+            raise ValueError(f"inputs must be finite, got NaN or infinity into {name}")
     return {name: found[name] for name in group}
 
 
@@ -155,6 +158,9 @@ def _measure(
     ]
     try:
         model.eval()
+        for module in model.modules():
+            if _select.is_a(module, "bitsandbytes", "Linear4bit"):
+                module.training = True  # in eval mode, on a CPU, it repacks its weight for good
         with torch.no_grad():
             run()
     finally:
@@ -164,7 +170,4 @@ def _measure(
             module.training = training
     if silent := [name for name, count in counts.items() if count == 0]:
         raise ValueError(f"run must reach every adapted layer, got none into {', '.join(silent)}")
-    for name, total in sums.items():
-        if not torch.isfinite(total).all():
-            raise ValueError(f"inputs must be finite, got NaN or infinity into {name}")
     return {name: total / counts[name] for name, total in sums.items()}

@@ -21,6 +21,9 @@ from peftkern.qlora.weight import QuantizedWeight
 
 Factors = tuple[Tensor, Tensor]
 
+# Directions beyond r that the subspace iteration follows, which the last of the r need to settle
+# (Halko, Martinsson and Tropp, 2011, advise 5 to 10).
+OVERSAMPLING = 8
 BASIS_SEED = 0  # of the one basis that "orthogonal_N" cuts its rows from
 
 
@@ -34,13 +37,12 @@ def factors(weight: Tensor | QuantizedWeight, config: LoraConfig) -> Factors:
     Raises:
         ValueError: a rank that the start cannot fill, or a start that needs more than the weight.
     """
-    if reason := obstacle(config, *weight.shape):
-        raise ValueError(f"init_lora_weights must fit the weight, got {reason}")
     start = config.start
     if start == "corda":
         raise ValueError("init_lora_weights 'corda' must come through peftkern.corda, got no data")
     if start == "loftq":
         raise ValueError(f"init_lora_weights 'loftq' must have a float weight, got {_kind(weight)}")
+    _check_rank(config, weight)
     if start == "pissa":
         return _pissa(_dense(weight), config)
     if start == "olora":
@@ -73,6 +75,11 @@ def obstacle(config: LoraConfig, rows: int, columns: int) -> str | None:
     return f"{config.init_lora_weights!r} with r={config.r} needs {needed} dimensions, not {most}"
 
 
+def _check_rank(config: LoraConfig, weight: Tensor | QuantizedWeight) -> None:
+    if reason := obstacle(config, *weight.shape):
+        raise ValueError(f"init_lora_weights must fit the weight, got {reason}")
+
+
 def loftq(weight: Tensor, config: LoraConfig) -> tuple[QuantizedWeight, Factors]:
     """The quantised base, and A and B that make up for what it lost.
 
@@ -83,8 +90,7 @@ def loftq(weight: Tensor, config: LoraConfig) -> tuple[QuantizedWeight, Factors]
         config: its `base` is the format, its `start_number` the rounds (1 where there is none).
     """
     assert config.base is not None
-    if reason := obstacle(config, *weight.shape):
-        raise ValueError(f"init_lora_weights must fit the weight, got {reason}")
+    _check_rank(config, weight)
     dense = _dense(weight)
     rest = dense
     for _ in range(config.start_number or 1):
@@ -120,8 +126,7 @@ def corda(
     Raises:
         ValueError: a rank above what the weight has.
     """
-    if reason := obstacle(config, *weight.shape):
-        raise ValueError(f"init_lora_weights must fit the weight, got {reason}")
+    _check_rank(config, weight)
     dense = _dense(weight)
     moment = moment.to(dense)
     mean = moment.diagonal().mean()
@@ -150,9 +155,10 @@ def _invertible(moment: Tensor, identity: Tensor) -> Factors:
 def _pissa(weight: Tensor, config: LoraConfig) -> Factors:
     if config.start_number is None:
         return _largest(weight, config)
-    u, s, v = torch.svd_lowrank(weight, config.r, niter=config.start_number)
-    root = (s / config.scaling).sqrt()
-    return root[:, None] * v.t(), u * root
+    sampled = min(config.r + OVERSAMPLING, *weight.shape)
+    u, s, v = torch.svd_lowrank(weight, sampled, niter=config.start_number)
+    root = (s[: config.r] / config.scaling).sqrt()
+    return root[:, None] * v[:, : config.r].t(), u[:, : config.r] * root
 
 
 def _largest(matrix: Tensor, config: LoraConfig) -> Factors:
