@@ -196,6 +196,20 @@ def test_a_transposed_weight_that_is_tied_stays_tied():
     assert "tied to layers.1.q_proj" in reasons(model)["layers.0.q_proj"]
 
 
+def test_biases_train_where_that_is_asked_for():
+    model = peftkern.adapt(toy(), LoraConfig(target_modules=["q_proj"], bias="lora_only"))
+    ends = ("q_proj.bias", "q_proj.lora_A", "q_proj.lora_B")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"layers.{i}.{end}" for i in range(2) for end in ends}
+    peftkern.adapt(model, LoraConfig(target_modules=["gate_proj"]))
+    assert (
+        model.layers[0].q_proj.bias.requires_grad
+        and not model.layers[0].down_proj.bias.requires_grad
+    )
+    model(tokens()).sum().backward()
+    assert model.layers[0].q_proj.bias.grad.any()
+
+
 def test_hooks_move_along_and_their_handles_still_remove_them():
     model, calls = toy(), []
     linear = model.layers[0].q_proj

@@ -8,7 +8,7 @@ from peft.tuners.lora.config import CordaConfig
 from torch import nn
 
 import peftkern
-from peftkern import LoraConfig, QLoRALinear
+from peftkern import LoraConfig
 
 
 def eight_bit(layer):
@@ -119,21 +119,15 @@ def test_a_linear_alone_has_no_place_for_an_adapter():
         peftkern.adapt(nn.Linear(4, 4), LoraConfig())
 
 
-def test_a_failure_on_the_way_leaves_the_model_unchanged(monkeypatch):
-    model, built = toy(), []
-    model.lm_head.requires_grad_(False)
+@pytest.mark.parametrize("later", [False, True], ids=["in one tuple", "one by one"])
+def test_dora_beside_plain_adapters_is_refused(later):
+    model = toy()
+    first, second = LoraConfig(target_modules=["q_proj"]), LoraConfig(use_dora=True)
+    if later:
+        peftkern.adapt(model, first)
     before = snapshot(model)
-    from_config = QLoRALinear.from_config
-
-    def fail_at_third(linear, config, factors):
-        built.append(from_config(linear, config, factors))
-        if len(built) == 3:
-            raise MemoryError("no more")
-        return built[-1]
-
-    monkeypatch.setattr(QLoRALinear, "from_config", fail_at_third)
-    with pytest.raises(MemoryError):
-        peftkern.adapt(model, LoraConfig())
+    with pytest.raises(ValueError, match="^use_dora must be the same"):
+        peftkern.adapt(model, second if later else (first, second))
     assert_unchanged(model, before)
 
 
