@@ -20,9 +20,10 @@ from torch import Tensor
 from peftkern.qlora.ops import dequantize, linear
 from peftkern.qlora.weight import QuantizedWeight
 
-# The three terms may cancel, and what their rounding leaves then says nothing of n. So n^2 counts
-# as at least this many eps of the terms' magnitude (n as a 1000th of it in float32): the gain m / n
-# stays finite, and a row that has shrunk so far keeps its gradient.
+# The three terms may cancel, which costs n twice the digits that it costs V, and what rounding
+# leaves at last says nothing of n. So n^2 counts as at least this many eps of the terms' magnitude
+# (n as a 1000th of it in float32): the gain m / n stays finite, and a row that has shrunk so far
+# keeps its gradient.
 FLOOR = 8
 
 
@@ -38,9 +39,6 @@ class Norms:
         self._squares: Tensor | None = None
         self._norms: Tensor | None = None
         self._weight, self._factors = _Seen(), _Seen()
-
-    def forget(self) -> None:
-        self.__init__()  # type: ignore[misc]
 
     def __call__(
         self,

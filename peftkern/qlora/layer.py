@@ -180,7 +180,7 @@ class QLoRALinear(nn.Module):
         if self._quantized is not None:
             moved = self._quantized.scales_to(self.weight.device)
             self._quantized = replace(moved, packed=self.weight)
-        self._norms.forget()
+        self._norms = dora.Norms()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -208,7 +208,7 @@ class QLoRALinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, metadata, strict, missing, unexpected, errors
         )
-        self._norms.forget()
+        self._norms = dora.Norms()
         if loaded is not None:
             self._quantized = replace(loaded.scales_to(self.weight.device), packed=self.weight)
 
