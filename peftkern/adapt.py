@@ -169,7 +169,6 @@ def place(model: nn.Module, plan: Plan) -> None:
                 parent._modules[attribute] = layer
             if _copies(module, config):
                 undo = None
-            del module
     except BaseException:
         for step in undo or ():
             step()

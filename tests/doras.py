@@ -43,3 +43,7 @@ def arguments(layer):
 
 def detached(layer):
     return [None if t is None else t.detach() for t in arguments(layer)]
+
+
+def trained(layer):
+    return [getattr(layer, name) for name in TRAINED]

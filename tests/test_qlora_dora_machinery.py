@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from doras import BASES, TRAINED, detached, expected, make
+from doras import BASES, detached, expected, make, trained
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from peftkern.qlora import LoraConfig, dora
+from peftkern.qlora import LoraConfig, QLoRALinear, dora
 
 
 def test_a_change_of_the_weight_or_of_a_and_b_is_noticed():
@@ -114,19 +114,28 @@ def test_saved_for_backward_is_the_product_and_little_else():
 @pytest.mark.parametrize("base", BASES)
 def test_the_layer_compiles_whole(base, backend):
     layer = make(base=base)
-    x = torch.randn(6, 64, requires_grad=True)
-    inputs = [x, *(getattr(layer, name) for name in TRAINED)]
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
-    for _ in range(2):
+
+    def assert_same(x):
         results = []
         for run in (layer, compiled):
             y = run(x)
-            results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+            results.append([y, *torch.autograd.grad(y.square().sum(), [x, *trained(layer)])])
         for eager, whole in zip(*results, strict=True):
             torch.testing.assert_close(whole, eager)
-        with torch.no_grad():
-            layer.lora_B.mul_(3)
+
+    x = torch.randn(6, 64, requires_grad=True)
+    assert_same(x)
+    with torch.no_grad():
+        layer.lora_B.mul_(3)
+    assert_same(x)
+    torch.manual_seed(5)
+    other = QLoRALinear.from_linear(nn.Linear(64, 24), r=4, base=base, use_dora=True)
+    layer.load_state_dict(other.state_dict())
+    assert_same(x)
+    layer.double()
+    assert_same(x.detach().double().requires_grad_())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -138,7 +147,7 @@ def test_checkpointed_dropout_repeats_itself(reentrant):
         x = torch.linspace(-1, 1, 20 * 64).view(20, 64).requires_grad_()
         layer.zero_grad()
         run(x).square().sum().backward()
-        return x.grad, *(getattr(layer, name).grad for name in TRAINED)
+        return x.grad, *(parameter.grad for parameter in trained(layer))
 
     replayed = step(lambda x: checkpoint(layer, x, use_reentrant=reentrant))
     assert all(map(torch.equal, replayed, step(layer)))
@@ -154,7 +163,7 @@ def test_autocast_computes_in_its_dtype_and_norms_in_float32(base):
         assert torch.equal(layer.row_norms(), norms)
     assert y.dtype == torch.bfloat16 and torch.equal(y, layer(x.bfloat16()))
     y.float().square().sum().backward()
-    assert {getattr(layer, name).grad.dtype for name in TRAINED} == {torch.float32}
+    assert {parameter.grad.dtype for parameter in trained(layer)} == {torch.float32}
     assert x.grad.dtype == torch.float32
 
 
