@@ -32,7 +32,7 @@ def corda(
     memory: int | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> Model:
-    """`adapt`, with A and B from the weight's decomposition under C, the mean of x x^T.
+    """`adapt`, with A and B from the weight's decomposition under C, the sum of x x^T.
 
     Yang et al., CorDA (2024); `qlora.init.corda` has the equation. Every token of the run counts
     alike, however they lie in batches. In place, and all or nothing as `adapt` is: the run, its
@@ -137,17 +137,16 @@ def _measure(
     model: nn.Module, modules: dict[str, nn.Module], run: Callable[[], object]
 ) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
-    counts = dict.fromkeys(modules, 0)
 
     def watch(name: str) -> Callable[..., None]:
         def add(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             x = next(iter((*args, *kwargs.values()))).detach()
             rows = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
-            if name not in sums:
-                sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
             with torch.autocast(rows.device.type, enabled=False):
-                sums[name].addmm_(rows.t(), rows)
-            counts[name] += len(rows)
+                if name in sums:
+                    sums[name].addmm_(rows.t(), rows)
+                elif len(rows):
+                    sums[name] = rows.t() @ rows
 
         return add
 
@@ -168,6 +167,6 @@ def _measure(
             handle.remove()
         for module, training in modes.items():
             module.training = training
-    if silent := [name for name, count in counts.items() if count == 0]:
+    if silent := [name for name in modules if name not in sums]:
         raise ValueError(f"run must reach every adapted layer, got none into {', '.join(silent)}")
-    return {name: total / counts[name] for name, total in sums.items()}
+    return sums

@@ -111,6 +111,23 @@ def test_loftq_makes_up_for_more_of_the_loss_with_every_round():
     assert errors[1] < errors[0] < 0.9 * plain
 
 
+def test_loftq_alternates_between_base_and_factors():
+    torch.manual_seed(0)
+    source, rest = nn.Linear(64, 48), 0
+    weight = source.weight.detach()
+    for _ in range(3):
+        base = quantize(weight - rest, nested=True)
+        u, s, v = torch.linalg.svd(weight - dequantize(base))
+        rest = u[:, :4] * s[:4] @ v[:4]
+    layer = QLoRALinear.from_linear(
+        source, r=4, lora_alpha=12, base="nf4", init_lora_weights="loftq_3"
+    )
+    # Where a weight lies on the edge of a code, rounding decides.
+    changed = dequantize(layer.quantized_weight) - dequantize(base)
+    assert (changed.abs() > 1e-4).sum() <= 3
+    torch.testing.assert_close(product(layer), rest, rtol=1e-2, atol=1e-3)
+
+
 def test_one_round_of_loftq_leaves_the_quantised_base_as_it_is():
     source = nn.Linear(64, 24, dtype=torch.bfloat16)
     plain = quantize(source.weight, nested=True)

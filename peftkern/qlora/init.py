@@ -116,7 +116,7 @@ def corda(
 
     Args:
         weight: `[out, in]`.
-        moment: C `[in, in]`, the sum or mean of x x^T over inputs.
+        moment: C `[in, in]`, the sum of x x^T over the inputs, at any scale.
         config: rank and scale.
         mode: "ipm": the largest singular values; "kpm": the smallest, which keeps what the inputs
             use out of the adapter.
