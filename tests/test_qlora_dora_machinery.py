@@ -134,8 +134,9 @@ def test_the_layer_compiles_whole(base, backend):
     other = QLoRALinear.from_linear(nn.Linear(64, 24), r=4, base=base, use_dora=True)
     layer.load_state_dict(other.state_dict())
     assert_same(x)
-    layer.double()
-    assert_same(x.detach().double().requires_grad_())
+    if base is None:
+        layer.double()
+        assert_same(x.detach().double().requires_grad_())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
