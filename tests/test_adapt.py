@@ -236,11 +236,20 @@ def test_an_adapted_model_can_be_copied():
     assert twin.layers[0].q_proj.weight.data_ptr() != model.layers[0].q_proj.weight.data_ptr()
 
 
-def test_the_config_of_peft_is_taken_where_it_means_the_same():
+@pytest.mark.parametrize(
+    "variant",
+    [
+        dict(init_lora_weights="gaussian"),
+        dict(init_lora_weights=False, use_dora=True),
+        dict(init_lora_weights="pissa", bias="lora_only"),
+        dict(init_lora_weights="pissa_niter_3"),
+        dict(init_lora_weights="olora", use_dora=True),
+    ],
+)
+def test_the_config_of_peft_is_taken_where_it_means_the_same(variant):
     options = dict(
         r=4, lora_alpha=6, lora_dropout=0.25, use_rslora=True, rank_pattern={"down_proj": 2},
-        target_modules=["q_proj", "down_proj"], exclude_modules=["0.q_proj"],
-        init_lora_weights="gaussian",
+        target_modules=["q_proj", "down_proj"], exclude_modules=["0.q_proj"], **variant,
     )  # fmt: skip
     models = []
     for config in (LoraConfig(**options), peft.LoraConfig(task_type="CAUSAL_LM", **options)):

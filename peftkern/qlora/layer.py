@@ -95,8 +95,8 @@ class QLoRALinear(nn.Module):
 
     def adapter(self) -> list[nn.Parameter]:
         """The parameters that are not the frozen base's."""
-        kept = "bias" if self.trains_bias else "lora_"
-        return [p for n, p in self.named_parameters() if n.startswith(("lora_", kept))]
+        names = ("lora_", "bias") if self.trains_bias else ("lora_",)
+        return [p for name, p in self.named_parameters() if name.startswith(names)]
 
     def factors(self) -> init.Factors:
         """A and B such that W + scaling * B A is what the layer multiplies by, DoRA apart.
@@ -142,17 +142,16 @@ class QLoRALinear(nn.Module):
     def from_config(
         cls, linear: nn.Module, config: LoraConfig, factors: init.Factors | None = None
     ) -> QLoRALinear:
+        """As `from_linear`, of a config; `factors` as for the layer itself."""
         base = base_of(linear)
-        if isinstance(base, QuantizedWeight):
-            pass
-        elif config.base is None:
-            base = base if base.is_contiguous() else base.detach().contiguous()
-        elif config.start == "loftq":
-            base, factors = init.loftq(base, config)
-        else:
-            # From the weight as it was: quantising is not undone by decomposing what is left.
-            factors = init.factors(base, config) if factors is None else factors
-            base = quantize(base, config.base, config.block_size, config.nested)
+        if isinstance(base, Tensor):
+            if config.base is None:
+                base = base if base.is_contiguous() else base.detach().contiguous()
+            elif config.start == "loftq":
+                base, factors = init.loftq(base, config)
+            else:  # A and B come from the weight as it was
+                factors = factors or init.factors(base, config)
+                base = quantize(base, config.base, config.block_size, config.nested)
         return cls(base, linear.bias, config, factors).train(linear.training)  # type: ignore[arg-type]
 
     @property
