@@ -38,6 +38,7 @@ TRAIN = (
     Case("attention 4096 x 4096, 512 rows, r 16", 4096, 4096, 512, rank=16),
     Case("call 16 x 16, 1 row, r 4", 16, 16, 1, rank=4),
 )
+TRAIN_DORA = TRAIN[:1]
 STORE = (Case("4096 x 4096", 4096, 4096, 1),)
 
 BOUND_BY_MEMORY = (
@@ -57,14 +58,15 @@ def ours(weight: Tensor, *adapter: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: qlora.linear(x, quantized, None, *adapter, scale=SCALE)
 
 
-def our_layer(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
+def our_layer(weight: Tensor, lora_a: Tensor, lora_b: Tensor, use_dora: bool = False) -> nn.Module:
     rows, columns = weight.shape
     base = nn.Linear(columns, rows, bias=False, device="meta")
     base.weight = nn.Parameter(weight, requires_grad=False)
     r = len(lora_a)
     layer = QLoRALinear.from_linear(
-        base, r=r, lora_alpha=SCALE * r, base="nf4", block_size=BLOCK_SIZE, nested=False
-    )
+        base, r=r, lora_alpha=SCALE * r, base="nf4", block_size=BLOCK_SIZE, nested=False,
+        use_dora=use_dora,
+    )  # fmt: skip
     with torch.no_grad():
         layer.lora_A.copy_(lora_a)
         layer.lora_B.copy_(lora_b)
@@ -180,6 +182,32 @@ def training(quick: bool) -> Iterator[Row]:
         )  # fmt: skip
 
 
+def training_dora(quick: bool) -> Iterator[Row]:
+    """With magnitudes as they are before training, and A and B as after it."""
+    builds = {
+        "peftkern.QLoRALinear": partial(our_layer, use_dora=True),
+        "peft, dense": partial(peers.peft_dense, use_dora=True),
+        "peft + bitsandbytes, fresh": partial(peers.peft_bitsandbytes, use_dora=True),
+    }
+    contenders = {name: Contender(with_gradients(build)) for name, build in builds.items()}
+
+    def product(weight: Tensor, a: Tensor, b: Tensor, m: Tensor) -> Callable[[Tensor], Tensor]:
+        norms = torch.linalg.vector_norm(weight + SCALE * (b @ a), dim=1).detach()
+        return lambda x: m / norms * plain(x, weight, a, b)
+
+    def gradients(weight: Tensor, a: Tensor, b: Tensor, x: Tensor, grad: Tensor) -> Any:
+        magnitude = torch.linalg.vector_norm(weight, dim=1)
+        return with_gradients(product)(weight, a, b, magnitude)(x, grad)
+
+    for case in TRAIN_DORA:
+        shapes = (case.rows, case.inputs), (case.rows, case.outputs)
+        yield from measure(
+            "qlora", "linear with DoRA", case.name, contenders, sets(case, quick, *shapes),
+            gradients, baseline="peftkern.QLoRALinear", direction="forward+backward",
+            work=case.work(products=2), quick=quick,
+        )  # fmt: skip
+
+
 def quantizing(quick: bool) -> Iterator[Row]:
     def reference_build() -> Callable[[Tensor], Any]:
         codebook = torch.tensor(reference.NF4)
@@ -245,6 +273,8 @@ def _decode(
 def rows(device: str = "cpu", quick: bool = False) -> Iterator[Row]:
     if torch.device(device).type != "cpu":
         raise ValueError(f"device must be cpu for qlora's benchmarks, got {device}")
-    parts = (decode, decode_lora, input_gradients, training, quantizing, dequantizing)
+    parts = (
+        decode, decode_lora, input_gradients, training, training_dora, quantizing, dequantizing,
+    )  # fmt: skip
     for part in parts:
         yield from part(quick)
