@@ -68,6 +68,11 @@ class Instead(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.functions = functions
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch's own way out of importing its compiler, for a second, at the first op."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         chosen = self.functions.get(func._opname) if func.namespace == NAMESPACE else None
         return (chosen or func)(*args, **(kwargs or {}))

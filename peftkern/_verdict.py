@@ -28,6 +28,26 @@ class Verdict:
     def passed(self) -> bool:
         return self.error <= self.allowed  # written so that NaN does not pass
 
+    def __str__(self) -> str:
+        if self.error == self.allowed == 0:
+            return "exact"
+        return f"error {self.error:.2g}, allowed {self.allowed:.2g}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A line of the self-check.
+
+    Args:
+        name: what it asks of which op.
+        ops: the registered ops that it calls.
+        verdicts: runs them; whatever it raises counts as a failure.
+    """
+
+    name: str
+    ops: tuple[str, ...]
+    verdicts: Callable[[], Iterator[Verdict]]
+
 
 def bound(plain_error: float, size: float, dtype: torch.dtype, factor: float = FACTOR) -> float:
     """The largest error that passes; `size` is the magnitude that one rounding is of."""
@@ -73,11 +93,14 @@ def judge(
 
 
 def compare(result: Tensor, wanted: Tensor) -> Verdict:
-    """On a result that must be exact: its error is the number of elements that differ."""
+    """On a result that must be exact."""
     if result.shape != wanted.shape or result.dtype != wanted.dtype:
         wish, got = (f"{t.dtype} {list(t.shape)}" for t in (wanted, result))
         raise ValueError(f"output must be {wish}, got {got}")
-    return Verdict(float((result.to(wanted.device) != wanted).sum()), 0.0)
+    result = result.to(wanted.device)
+    if torch.equal(result, wanted):
+        return Verdict(0.0, 0.0)
+    return Verdict(float((result.double() - wanted.double()).abs().max()), 0.0)
 
 
 def _is_float(value: Any) -> bool:
