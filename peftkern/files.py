@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from peftkern import _check, _peft
+from peftkern import _check, _peft, _select, _sharded
 from peftkern.adapt import adapters, place, plan
 from peftkern.qlora import LoraConfig, QLoRALinear
 
@@ -32,10 +32,11 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         `base_model.model.<name>.lora_A.weight` `[r, in]` and `….lora_B.weight` `[out, r]` of every
-        adapted linear, detached, in the parameters' own storage.
+        adapted linear, detached, in the parameters' own storage; under `fully_shard` as the
+        DTensors that the parameters are.
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: the model has no adapter, or is wrapped in FullyShardedDataParallel.
     """
     return {
         f"{PREFIX}{name}.{part}.weight": getattr(layer, part).detach()
@@ -48,25 +49,30 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes a folder that `load_adapter` and peft's `PeftModel.from_pretrained` read.
 
     All or nothing: killed at any moment, it leaves the adapter that was there, or the new one.
-    One process may write to a path at a time.
+    One process may write to a path at a time: of a model in DistributedDataParallel let one save.
+    A model under `fully_shard` is gathered, so there every process must call; the first one of
+    the mesh writes, and all return when it has.
 
     Args:
         model: adapted.
         path: a folder, made where it is missing; its other files are left alone.
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: the model has no adapter, or is wrapped in FullyShardedDataParallel.
     """
     model = _unwrapped(model)
     layers = _adapters(model)
     others = [name for name, _ in model.named_modules() if name not in layers]
     content = _peft.to_file(layers, others, getattr(model, "name_or_path", None) or None)
-    tensors = {k: v.cpu().contiguous() for k, v in adapter_state_dict(model).items()}
-    _write(
-        Path(path),
-        json.dumps(content, indent=2, sort_keys=True).encode() + b"\n",
-        safetensors.torch.save(tensors, {"format": "pt"}),
-    )
+    state = adapter_state_dict(model)
+    tensors = {k: _sharded.whole(v).cpu().contiguous() for k, v in state.items()}
+    with _sharded.first_process(state.values()) as first:
+        if first:
+            _write(
+                Path(path),
+                json.dumps(content, indent=2, sort_keys=True).encode() + b"\n",
+                safetensors.torch.save(tensors, {"format": "pt"}),
+            )
 
 
 def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
@@ -76,7 +82,8 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
 
     Args:
         model: has an adapter in the very same places, or none at all, and then gets one there on
-            its base as it is. Parameters keep their dtype and their dropout.
+            its base as it is. Parameters keep their dtype and their dropout. A model that is
+            spread over processes needs its adapter first; each process reads the folder.
         path: the folder.
 
     Returns:
@@ -85,7 +92,8 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
     Raises:
         FileNotFoundError: the folder or one of its two files is missing.
         ValueError: a file is truncated, corrupt or foreign, does not fit the model, or asks for
-            what peftkern does not have.
+            what peftkern does not have; or the model is spread over processes by
+            FullyShardedDataParallel, or otherwise and has no adapter yet.
         TypeError: a tensor is not float.
     """
     inner = _unwrapped(model)
@@ -96,13 +104,14 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
         if (r := _peft.of_module(config, name).r) != len(a):
             raise ValueError(f"{name}.lora_A must have {r} rows as {CONFIG} says, got {len(a)}")
     if not adapters(inner):
+        _select.refuse_wrapped(model)
         _place(inner, pairs, config)
-    layers = adapters(inner)
+    layers = _adapters(inner)
     _check_fit(pairs, {name: _shapes(layer) for name, layer in layers.items()})
     with torch.no_grad():
         for name, (a, b) in pairs.items():
-            layers[name].lora_A.copy_(a)
-            layers[name].lora_B.copy_(b)
+            _sharded.fill(layers[name].lora_A, a)
+            _sharded.fill(layers[name].lora_B, b)
             layers[name].rescale(_peft.of_module(config, name))
     return model
 
@@ -110,6 +119,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
 def _adapters(model: nn.Module) -> dict[str, QLoRALinear]:
     if not (layers := adapters(_unwrapped(model))):
         raise ValueError("model must have an adapter (peftkern.adapt puts one in), got none")
+    _sharded.settle(model)
     return layers
 
 

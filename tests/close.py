@@ -13,3 +13,11 @@ def assert_as_good(actual, fn, *args, factor=_verdict.FACTOR):
     """
     (verdict,) = _verdict.judge([actual], lambda *args: [fn(*args)], *args, factor=factor)
     assert verdict.passed, f"off by {verdict.error:.3g}, allowed are {verdict.allowed:.3g}"
+
+
+def assert_as_good_as(actual, single, truth):
+    """The same where the float64 truth and plain torch's result are there already."""
+    assert actual.shape == single.shape and actual.dtype == single.dtype
+    error, usual = (float((t.double() - truth).abs().max()) for t in (actual, single))
+    allowed = _verdict.bound(usual, float(truth.abs().max()), actual.dtype)
+    assert error <= allowed, f"off by {error:.3g}, allowed are {allowed:.3g}"
