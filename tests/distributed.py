@@ -151,7 +151,7 @@ def save(rank, count, folder):
     found["ddp"] = train(wrapped, rank, count)[1]
     if rank == 0:
         peftkern.save_adapter(wrapped, folder / "ddp")
-    model = sharded(adapted())
+    model = sharded(adapted(), units=False)
     found["fsdp2"] = train(model, rank, count)[1]
     with torch.no_grad():
         model(batches()[0, 0])  # leaves the root unsharded
@@ -179,9 +179,10 @@ def load(rank, count, folder, names):
             model = build()
             with torch.no_grad():
                 model(tokens)  # leaves the root unsharded, where the adapter must not be put
-                peftkern.load_adapter(model, folder / name)
-                logits = model(tokens)
-            found[f"{name} in {way}"] = state(model), logits
+            peftkern.load_adapter(model, folder / name)
+            logits = model(tokens)
+            logits.sum().backward()  # shards everything again
+            found[f"{name} in {way}"] = state(model), logits.detach()
     return found
 
 

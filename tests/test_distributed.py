@@ -8,10 +8,12 @@ from close import assert_as_good_as
 from distributed import adapted, in_processes
 from models import assert_unchanged, snapshot, toy
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 
 import peftkern
 from peftkern import LoraConfig
+from peftkern.adapt import adapters
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch's gloo")
 
@@ -21,6 +23,16 @@ COUNTS = [2, 4]
 @pytest.fixture(scope="module", params=COUNTS, ids=lambda count: f"{count} processes")
 def count(request):
     return request.param
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of one process."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
+    )  # fmt: skip
+    yield
+    dist.destroy_process_group()
 
 
 def trained_alone(**options):
@@ -81,6 +93,16 @@ def test_mixed_precision_casts_what_trains_and_no_packed_byte(tmp_path):
             assert_as_good_as(grad, plain.float(), truth)
 
 
+def test_sharding_frees_the_whole_bytes(alone):
+    model = adapted()
+    str(peftkern.report(model))
+    model(distributed.batches()[0, 0])
+    layers = adapters(model).values()
+    whole = [StorageWeakRef(layer.weight.untyped_storage()) for layer in layers]
+    distributed.sharded(model)
+    assert all(storage.expired() for storage in whole)
+
+
 # What one way of training has written, every other reads.
 
 
@@ -134,16 +156,6 @@ def test_torchs_distributed_checkpoints_take_the_adapter_and_the_whole_state(sav
 
 
 # What can only go wrong later is refused now.
-
-
-@pytest.fixture
-def alone(tmp_path):
-    """A group of one process."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
-    )  # fmt: skip
-    yield
-    dist.destroy_process_group()
 
 
 def test_a_model_in_ddp_gets_no_adapter_that_ddp_does_not_know(alone, tmp_path):

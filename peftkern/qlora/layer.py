@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ class QLoRALinear(nn.Module):
         dtype = torch.float32
         if isinstance(weight, QuantizedWeight):
             self.weight = _frozen(weight.packed)
-            self._quantized = replace(weight, packed=self.weight)
+            self._quantized = weight.without_bytes()
         else:
             self.weight = _frozen(weight)
             # At least float32, as in peft: small steps vanish in the sums of 16-bit parameters.
@@ -167,9 +167,9 @@ class QLoRALinear(nn.Module):
     @property
     def quantized_weight(self) -> QuantizedWeight | None:
         """The base as its producer stores it; None for a dense base."""
-        if self._quantized is not None and self._quantized.packed is not self.weight:
-            self._quantized = replace(self._quantized, packed=self.weight)
-        return self._quantized
+        # Made anew, and not kept: `fully_shard` puts other parameters in the place of `weight`,
+        # and frees only what nobody holds on to.
+        return None if self._quantized is None else self._quantized.with_bytes(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.quantized_weight or self.weight
@@ -180,8 +180,7 @@ class QLoRALinear(nn.Module):
         """The scales follow the packed bytes from device to device, and keep their dtype."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._quantized is not None:
-            moved = self._quantized.scales_to(self.weight.device)
-            self._quantized = replace(moved, packed=self.weight)
+            self._quantized = self._quantized.scales_to(self.weight.device)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -210,7 +209,7 @@ class QLoRALinear(nn.Module):
             state_dict, prefix, metadata, strict, missing, unexpected, errors
         )
         if loaded is not None:
-            self._quantized = replace(loaded.scales_to(self.weight.device), packed=self.weight)
+            self._quantized = loaded.scales_to(self.weight.device).without_bytes()
 
     def extra_repr(self) -> str:
         weight = self.quantized_weight

@@ -127,6 +127,16 @@ class QuantizedWeight:
             return self
         return replace(self, **{k: t.to(device) for k, t in tensors.items()})
 
+    def with_bytes(self, packed: Tensor) -> QuantizedWeight:
+        """The same scales over other bytes; as `dataclasses.replace`, in a fifth of its time."""
+        twin = object.__new__(QuantizedWeight)
+        vars(twin).update(vars(self), packed=packed)
+        return twin
+
+    def without_bytes(self) -> QuantizedWeight:
+        """The scales alone, which keep no bytes alive."""
+        return self.with_bytes(self.packed.new_empty(0))
+
     def statistics(self) -> dict[str, Tensor]:
         """All but the packed bytes, under bitsandbytes' names of them in a state dict."""
         named = {"absmax": self.absmax, "quant_map": self.codebook}
