@@ -58,8 +58,10 @@ def checkpointed(model):
     return model
 
 
-def sharded(model, units=True, **options):
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+def sharded(model, units=True, replicas=1, **options):
+    shape = (replicas, dist.get_world_size() // replicas)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards"))
+    mesh = mesh if replicas > 1 else mesh["shards"]
     for block in model.layers if units else ():
         fully_shard(block, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
@@ -114,6 +116,7 @@ FSDP2 = {
     "one unit": lambda: sharded(adapted(), units=False),
     "whole until backward": lambda: sharded(adapted(), reshard_after_forward=False),
     "activation checkpointing": lambda: sharded(checkpointed(adapted())),
+    "replicas of shards": lambda: sharded(adapted(), replicas=2),
     "a dense base": lambda: sharded(adapted(config=LoraConfig(r=3, lora_alpha=6))),
 }
 
@@ -163,6 +166,13 @@ def save(rank, count, folder):
     dcp.save(peftkern.adapter_state_dict(model), checkpoint_id=folder / "dcp")
     dcp.save(model.state_dict(), checkpoint_id=folder / "dcp of all")
     return found
+
+
+def save_replicas(rank, count, folder):
+    """-> what was saved, by one process of all replicas."""
+    model = sharded(adapted(), replicas=2)
+    peftkern.save_adapter(model, folder / f"of process {rank}")
+    return state(model)
 
 
 def load(rank, count, folder, names):

@@ -135,6 +135,13 @@ def test_what_processes_have_saved_one_process_loads(name, saved):
         assert same(distributed.state(peftkern.load_adapter(model, folder / name)), states[name])
 
 
+def test_replicas_of_shards_are_saved_once(tmp_path):
+    found = in_processes(4, distributed.save_replicas, tmp_path / "run", tmp_path)
+    assert [path.name for path in tmp_path.glob("of process *")] == ["of process 0"]
+    model = peftkern.load_adapter(toy(), tmp_path / "of process 0")
+    assert all(same(state, distributed.state(model)) for state in found)
+
+
 @pytest.mark.parametrize("way", ["ddp", "fsdp2", "one unit"])
 @pytest.mark.parametrize("name", ["single", "ddp", "fsdp2"])
 def test_what_was_saved_more_processes_load(name, way, saved, loaded):
