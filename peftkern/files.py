@@ -62,7 +62,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     model = _unwrapped(model)
     layers = _adapters(model)
-    others = [name for name, _ in model.named_modules() if name not in layers]
+    others = [n for name, _ in model.named_modules() if (n := _plain(name)) not in layers]
     content = _peft.to_file(layers, others, getattr(model, "name_or_path", None) or None)
     state = adapter_state_dict(model)
     tensors = {k: _sharded.whole(v).cpu().contiguous() for k, v in state.items()}
@@ -120,14 +120,19 @@ def _adapters(model: nn.Module) -> dict[str, QLoRALinear]:
     if not (layers := adapters(_unwrapped(model))):
         raise ValueError("model must have an adapter (peftkern.adapt puts one in), got none")
     _sharded.settle(model)
-    return layers
+    return {_plain(name): layer for name, layer in layers.items()}
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """torch.compile and DistributedDataParallel put one more name in front of every other."""
+    """DistributedDataParallel puts one more name in front of every other; so may torch.compile."""
     while (name := type(model).__name__) in ("OptimizedModule", "DistributedDataParallel"):
         model = model.get_submodule("_orig_mod" if name == "OptimizedModule" else "module")
     return model
+
+
+def _plain(name: str) -> str:
+    """Without what torch.compile and torch's activation checkpointing put between."""
+    return re.sub(r"(^|(?<=\.))(_orig_mod|_checkpoint_wrapped_module)\.", "", name)
 
 
 def _shapes(layer: QLoRALinear) -> tuple[list[int], list[int]]:

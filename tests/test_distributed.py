@@ -7,6 +7,7 @@ import torch.distributed as dist
 from close import assert_as_good_as
 from distributed import adapted, in_processes
 from models import assert_unchanged, snapshot, toy
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
@@ -160,6 +161,19 @@ def test_torchs_distributed_checkpoints_take_the_adapter_and_the_whole_state(sav
     of_processes = in_processes(4, distributed.load_dcp, tmp_path / "run", folder)
     for found in [*of_processes, distributed.load_dcp_alone(folder)]:
         assert all(same(state, states["fsdp2"]) for state in found)
+
+
+def test_blocks_wrapped_one_by_one_keep_the_names_of_the_model(tmp_path):
+    model = adapted()
+    want = distributed.state(model)
+    model.layers[0] = checkpoint_wrapper(torch.compile(model.layers[0]))
+    model.layers[1] = torch.compile(model.layers[1])
+    assert same(distributed.state(model), want)
+    peftkern.save_adapter(model, tmp_path)
+    assert same(distributed.state(peftkern.load_adapter(toy(), tmp_path)), want)
+    peftkern.save_adapter(adapted(seed=5), tmp_path)
+    peftkern.load_adapter(model, tmp_path)
+    assert same(distributed.state(model), distributed.state(adapted(seed=5)))
 
 
 # What can only go wrong later is refused now.
