@@ -119,14 +119,6 @@ class QuantizedWeight:
         """Shares what lies there already, copies the rest."""
         return replace(self.scales_to(device), packed=self.packed.to(device))
 
-    def scales_to(self, device: torch.device | str) -> QuantizedWeight:
-        tensors: dict[str, Any] = {
-            k: v for k, v in vars(self).items() if isinstance(v, Tensor) and k != "packed"
-        }
-        if all(t.device == torch.device(device) for t in tensors.values()):
-            return self
-        return replace(self, **{k: t.to(device) for k, t in tensors.items()})
-
     def with_bytes(self, packed: Tensor) -> QuantizedWeight:
         """The same scales over other bytes; as `dataclasses.replace`, in a fifth of its time."""
         twin = object.__new__(QuantizedWeight)
@@ -136,6 +128,14 @@ class QuantizedWeight:
     def without_bytes(self) -> QuantizedWeight:
         """The scales alone, which keep no bytes alive."""
         return self.with_bytes(self.packed.new_empty(0))
+
+    def scales_to(self, device: torch.device | str) -> QuantizedWeight:
+        tensors: dict[str, Any] = {
+            k: v for k, v in vars(self).items() if isinstance(v, Tensor) and k != "packed"
+        }
+        if all(t.device == torch.device(device) for t in tensors.values()):
+            return self
+        return replace(self, **{k: t.to(device) for k, t in tensors.items()})
 
     def statistics(self) -> dict[str, Tensor]:
         """All but the packed bytes, under bitsandbytes' names of them in a state dict."""
