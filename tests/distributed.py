@@ -2,6 +2,7 @@
 
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -16,10 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import peftkern
-from peftkern import LoraConfig, _native
+from peftkern import LoraConfig, _native, qlora
 
 # A rank that no number of processes divides: shards are uneven.
 CONFIG = LoraConfig(r=3, lora_alpha=6, base="nf4")
+BASES = {f"a base in {name}": replace(CONFIG, base=name) for name in (None, *qlora.formats)}
 STEPS, BATCH, LENGTH = 3, 8, 5
 
 
@@ -117,7 +119,7 @@ FSDP2 = {
     "whole until backward": lambda: sharded(adapted(), reshard_after_forward=False),
     "activation checkpointing": lambda: sharded(checkpointed(adapted())),
     "replicas of shards": lambda: sharded(adapted(), replicas=2),
-    "a dense base": lambda: sharded(adapted(config=LoraConfig(r=3, lora_alpha=6))),
+    **{way: partial(lambda config: sharded(adapted(config=config)), c) for way, c in BASES.items()},
 }
 
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from close import assert_as_good_as
 from distributed import adapted, in_processes
 from models import assert_unchanged, snapshot, toy
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -73,7 +74,7 @@ def in_fsdp2(count, tmp_path_factory):
 
 @pytest.mark.parametrize("way", distributed.FSDP2)
 def test_fully_sharded_models_train_what_one_process_trains(way, in_fsdp2):
-    config = LoraConfig(r=3, lora_alpha=6) if way == "a dense base" else distributed.CONFIG
+    config = distributed.BASES.get(way, distributed.CONFIG)
     assert_trained_as_alone([found[way] for found in in_fsdp2], config=config)
 
 
@@ -202,6 +203,14 @@ def test_a_sharded_model_gets_no_adapter(alone, tmp_path):
         with pytest.raises(ValueError, match="its weight is a DTensor, not a plain tensor"):
             call()
         assert not any(isinstance(m, peftkern.QLoRALinear) for m in model.modules())
+
+
+def test_bytes_that_were_cast_are_refused():
+    model = adapted()
+    layer = model.layers[0].q_proj
+    layer.weight = nn.Parameter(layer.weight.float(), requires_grad=False)
+    with pytest.raises(TypeError, match=r"^weight must be torch.uint8, got torch.float32$"):
+        model(distributed.batches()[0, 0])
 
 
 def test_the_older_fsdp_is_refused_where_it_would_save_flat_pieces(alone, tmp_path):

@@ -120,7 +120,13 @@ class QuantizedWeight:
         return replace(self.scales_to(device), packed=self.packed.to(device))
 
     def with_bytes(self, packed: Tensor) -> QuantizedWeight:
-        """The same scales over other bytes; as `dataclasses.replace`, in a fifth of its time."""
+        """The same scales over other bytes; as `dataclasses.replace`, in a fifth of its time.
+
+        Raises:
+            TypeError: a cast has gone over the bytes, such as a mixed precision policy's.
+        """
+        if packed.dtype != self.packed.dtype:
+            raise TypeError(f"weight must be {self.packed.dtype}, got {packed.dtype}")
         twin = object.__new__(QuantizedWeight)
         vars(twin).update(vars(self), packed=packed)
         return twin
