@@ -64,9 +64,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     layers = _adapters(model)
     others = [n for name, _ in model.named_modules() if (n := _plain(name)) not in layers]
     content = _peft.to_file(layers, others, getattr(model, "name_or_path", None) or None)
-    state = adapter_state_dict(model)
-    tensors = {k: _sharded.whole(v).cpu().contiguous() for k, v in state.items()}
-    with _sharded.first_process(state.values()) as first:
+    state = adapter_state_dict(model).items()
+    tensors = {k: _sharded.whole(v).cpu().contiguous() for k, v in state}
+    with _sharded.first_process(model.parameters()) as first:
         if first:
             _write(
                 Path(path),
