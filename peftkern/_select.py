@@ -187,6 +187,15 @@ def is_a(module: nn.Module, package: str, name: str) -> bool:
     )
 
 
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raises ValueError where what is put in now would train in each process for itself."""
+    for module in model.modules():
+        if is_a(module, "torch", "DistributedDataParallel"):
+            raise ValueError(
+                "model must be adapted before DistributedDataParallel wraps it, got it wrapped"
+            )
+
+
 def linears(names: dict[nn.Module, list[str]]) -> list[str]:
     """The names of all linears, with a star for the number of a layer."""
     found = [starred(places[0]) for module, places in names.items() if _is_linear(module)]

@@ -75,8 +75,10 @@ def adapt(model: Model, config: object) -> Model:
 
     Raises:
         TypeError: `config` is something else.
-        ValueError: a config names nothing that fits, or asks for what peftkern does not have.
+        ValueError: a config names nothing that fits, or asks for what peftkern does not have; or
+            DistributedDataParallel wraps the model already.
     """
+    _select.refuse_wrapped(model)
     configs = [_peft.own_config(c) for c in (config if isinstance(config, tuple) else (config,))]
     if not configs:
         raise ValueError("config must hold at least one config, got ()")

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from peftkern import _check, _folder, _peft, _select
+from peftkern import _check, _folder, _peft, _select, _sharded
 from peftkern._folder import CONFIG, TENSORS
 from peftkern.adapt import adapters, place, plan
 from peftkern.qlora import LoraConfig, QLoRALinear
@@ -49,7 +49,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         adapter that takes its start off again is one of rank 2 r, `[A; A0]` and `[B, -B0]`.
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: the model has no adapter, or is wrapped in FullyShardedDataParallel.
     """
     return {
         f"{PREFIX}{name}.{KEY_OF.get(part, part)}": tensor
@@ -71,7 +71,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: a folder, made where it is missing; its other files are left alone.
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: the model has no adapter, or is wrapped in FullyShardedDataParallel.
     """
     model = _unwrapped(model)
     layers = _adapters(model)
@@ -81,14 +81,17 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "save model.state_dict() as well",
             stacklevel=2,
         )
-    others = [name for name, _ in model.named_modules() if name not in layers]
+    others = [n for name, _ in model.named_modules() if (n := _plain(name)) not in layers]
     content = _peft.to_file(layers, others, getattr(model, "name_or_path", None) or None)
-    tensors = {k: v.cpu().contiguous() for k, v in adapter_state_dict(model).items()}
-    _folder.write(
-        Path(path),
-        json.dumps(content, indent=2, sort_keys=True).encode() + b"\n",
-        safetensors.torch.save(tensors, {"format": "pt"}),
-    )
+    state = adapter_state_dict(model)
+    tensors = {k: _sharded.whole(v).cpu().contiguous() for k, v in state.items()}
+    with _sharded.first_process(model.parameters()) as first:
+        if first:
+            _folder.write(
+                Path(path),
+                json.dumps(content, indent=2, sort_keys=True).encode() + b"\n",
+                safetensors.torch.save(tensors, {"format": "pt"}),
+            )
 
 
 def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
@@ -98,7 +101,8 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
 
     Args:
         model: has an adapter in the very same places, or none at all, and then gets one there on
-            its base as it is. Parameters keep their dtype and their dropout.
+            its base as it is. Parameters keep their dtype and their dropout. A model that is
+            spread over processes needs its adapter first; each process reads the folder.
         path: the folder.
 
     Returns:
@@ -107,7 +111,8 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
     Raises:
         FileNotFoundError: the folder or one of its two files is missing.
         ValueError: a file is truncated, corrupt or foreign, does not fit the model, or asks for
-            what peftkern does not have.
+            what peftkern does not have; or the model is spread over processes by
+            FullyShardedDataParallel, or otherwise and has no adapter yet.
         TypeError: a tensor is not float.
     """
     inner = _unwrapped(model)
@@ -123,8 +128,9 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
                 f"there, got {', '.join(parts)} and use_dora {config.use_dora}"
             )
     if not adapters(inner):
+        _select.refuse_wrapped(model)
         _place(inner, stored, config)
-    layers = adapters(inner)
+    layers = _adapters(inner)
     _check_fit(stored, {name: _shapes(layer) for name, layer in layers.items()})
     with torch.no_grad():
         for name, parts in stored.items():
@@ -136,14 +142,20 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
 def _adapters(model: nn.Module) -> dict[str, QLoRALinear]:
     if not (layers := adapters(_unwrapped(model))):
         raise ValueError("model must have an adapter (peftkern.adapt puts one in), got none")
-    return layers
+    _sharded.settle(model)
+    return {_plain(name): layer for name, layer in layers.items()}
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """torch.compile and DistributedDataParallel put one more name in front of every other."""
+    """DistributedDataParallel puts one more name in front of every other; so may torch.compile."""
     while (name := type(model).__name__) in ("OptimizedModule", "DistributedDataParallel"):
         model = model.get_submodule("_orig_mod" if name == "OptimizedModule" else "module")
     return model
+
+
+def _plain(name: str) -> str:
+    """Without what torch.compile and torch's activation checkpointing put between."""
+    return re.sub(r"(^|(?<=\.))(_orig_mod|_checkpoint_wrapped_module)\.", "", name)
 
 
 def _parts(layer: QLoRALinear) -> Parts:
@@ -151,8 +163,8 @@ def _parts(layer: QLoRALinear) -> Parts:
     parts: dict[str, Tensor | None] = {"lora_A": layer.lora_A, "lora_B": layer.lora_B}
     if layer.initial_A is not None and layer.initial_B is not None:
         parts = {
-            "lora_A": torch.cat([layer.lora_A, layer.initial_A]),
-            "lora_B": torch.cat([layer.lora_B, -layer.initial_B], 1),
+            "lora_A": torch.cat([_sharded.whole(layer.lora_A), layer.initial_A]),
+            "lora_B": torch.cat([_sharded.whole(layer.lora_B), -layer.initial_B], 1),
         }
     parts["lora_magnitude_vector"] = layer.lora_magnitude_vector
     parts["bias"] = layer.bias if layer.trains_bias else None
@@ -165,12 +177,12 @@ def _fill(layer: QLoRALinear, parts: Parts) -> None:
     if layer.initial_A is not None and layer.initial_B is not None:
         layer.initial_A.copy_(a[layer.r :])
         layer.initial_B.copy_(-b[:, layer.r :])
-    layer.lora_A.copy_(a[: layer.r])
-    layer.lora_B.copy_(b[:, : layer.r])
+    _sharded.fill(layer.lora_A, a[: layer.r])
+    _sharded.fill(layer.lora_B, b[:, : layer.r])
     if layer.lora_magnitude_vector is not None:
-        layer.lora_magnitude_vector.copy_(parts["lora_magnitude_vector"])
+        _sharded.fill(layer.lora_magnitude_vector, parts["lora_magnitude_vector"])
     if layer.bias is not None and "bias" in parts:
-        layer.bias.copy_(parts["bias"])
+        _sharded.fill(layer.bias, parts["bias"])
 
 
 # What is wanted of each part: its shape, and whether a file must have it.

@@ -11,7 +11,7 @@ W A^T is `linear` at x = A: one pass over the weight as it is stored, and `[out,
 
 from __future__ import annotations
 
-import operator
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -40,6 +40,9 @@ class Norms:
         self._squares: Tensor | None = None
         self._norms: Tensor | None = None
         self._weight, self._factors = _Seen(), _Seen()
+
+    def __reduce__(self) -> tuple[type[Norms], tuple[()]]:
+        return Norms, ()  # a copy has other tensors to look at
 
     def __call__(
         self,
@@ -72,13 +75,14 @@ class _Seen:
     """Tensors as they were: the objects, their storages and the number of writes to them."""
 
     def __init__(self, tensors: Sequence[Tensor] = (), scale: float = 1.0) -> None:
-        self.tensors = list(tensors)  # held, so that no other takes the place in memory
+        # Not held: whoever shards a weight frees it between its uses. One that is gone is not seen.
+        self.tensors = [weakref.ref(tensor) for tensor in tensors]
         self.facts = [scale, *map(_facts, tensors)]
 
     def is_of(self, tensors: Sequence[Tensor], scale: float = 1.0) -> bool:
         return (
             len(tensors) == len(self.tensors)
-            and all(map(operator.is_, tensors, self.tensors))
+            and all(seen() is t for seen, t in zip(self.tensors, tensors, strict=True))
             and self.facts == [scale, *map(_facts, tensors)]
         )
 

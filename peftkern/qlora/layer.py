@@ -64,7 +64,7 @@ class QLoRALinear(nn.Module):
         self._quantized: QuantizedWeight | None = None
         if isinstance(weight, QuantizedWeight):
             self.weight = _frozen(weight.packed)
-            self._quantized = replace(weight, packed=self.weight)
+            self._quantized = weight.without_bytes()
         else:
             self.weight = _frozen(weight)
         self.bias = None if bias is None else _frozen(bias)
@@ -158,9 +158,9 @@ class QLoRALinear(nn.Module):
     @property
     def quantized_weight(self) -> QuantizedWeight | None:
         """The base as its producer stores it; None for a dense base."""
-        if self._quantized is not None and self._quantized.packed is not self.weight:
-            self._quantized = replace(self._quantized, packed=self.weight)
-        return self._quantized
+        # Made anew, and not kept: `fully_shard` puts other parameters in the place of `weight`,
+        # and frees only what nobody holds on to.
+        return None if self._quantized is None else self._quantized.with_bytes(self.weight)
 
     @property
     def _base(self) -> QuantizedWeight | Tensor:
@@ -188,8 +188,7 @@ class QLoRALinear(nn.Module):
 
         super()._apply(bits_kept, recurse)  # type: ignore[no-untyped-call]
         if self._quantized is not None:
-            moved = self._quantized.scales_to(self.weight.device)
-            self._quantized = replace(moved, packed=self.weight)
+            self._quantized = self._quantized.scales_to(self.weight.device)
         self._norms = dora.Norms()
         return self
 
@@ -221,7 +220,7 @@ class QLoRALinear(nn.Module):
         )
         self._norms = dora.Norms()
         if loaded is not None:
-            self._quantized = replace(loaded.scales_to(self.weight.device), packed=self.weight)
+            self._quantized = loaded.scales_to(self.weight.device).without_bytes()
 
     def extra_repr(self) -> str:
         weight = self.quantized_weight
