@@ -231,16 +231,18 @@ def test_a_splitting_start_compiles_whole():
         torch.testing.assert_close(whole, eager)
 
 
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("r", [1, 3, 64, 512])
-def test_any_rank_is_right(isa, r):
-    layer = QLoRALinear.from_linear(nn.Linear(64, 24, dtype=torch.float64), r=r)
-    disturb(layer)
+def test_any_rank_is_right(isa, r, base):
+    source = nn.Linear(64, 24, dtype=torch.float64)
+    layer = disturb(QLoRALinear.from_linear(source, r=r, base=base))
     x = torch.randn(5, 64, dtype=torch.float64, requires_grad=True)
-    weight = layer.weight + layer.scaling * (layer.lora_B @ layer.lora_A)
+    weight = layer.quantized_weight.dequantize(torch.float64) if base else layer.weight
+    whole = weight + layer.scaling * (layer.lora_B @ layer.lora_A)
     inputs = [x, layer.lora_A, layer.lora_B]
     ours, theirs = (
         [y, *torch.autograd.grad(y.square().sum(), inputs, retain_graph=True)]
-        for y in (layer(x), x @ weight.t() + layer.bias)
+        for y in (layer(x), x @ whole.t() + layer.bias)
     )
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other)
