@@ -37,21 +37,24 @@ def test_no_more_than_one_weight_is_there_in_both_forms(how, monkeypatch):
     assert not any(weight() is not None for weight in originals)
 
 
-def test_a_failure_on_the_way_leaves_the_model_unchanged(monkeypatch):
+@pytest.mark.parametrize(("base", "builds"), [(None, 3), ("nf4", 1)])
+def test_a_failure_before_a_weight_is_given_up_leaves_the_model_unchanged(
+    base, builds, monkeypatch
+):
     model, built = toy(), []
     model.lm_head.requires_grad_(False)
     before = snapshot(model)
     from_config = QLoRALinear.from_config
 
-    def fail_at_third(linear, config, factors):
+    def fail(linear, config, factors):
         built.append(from_config(linear, config, factors))
-        if len(built) == 3:
+        if len(built) == builds:
             raise MemoryError("no more")
         return built[-1]
 
-    monkeypatch.setattr(QLoRALinear, "from_config", fail_at_third)
+    monkeypatch.setattr(QLoRALinear, "from_config", fail)
     with pytest.raises(MemoryError):
-        peftkern.adapt(model, LoraConfig())
+        peftkern.adapt(model, LoraConfig(base=base))
     assert_unchanged(model, before)
 
 

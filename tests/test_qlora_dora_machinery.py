@@ -1,6 +1,7 @@
 """DoRA in torch's machinery: what it remembers, saves, compiles, replays and rounds."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -168,12 +169,18 @@ def test_autocast_computes_in_its_dtype_and_norms_in_float32(base):
     assert x.grad.dtype == torch.float32
 
 
-def test_a_copy_lives_apart():
-    layer = make(base="nf4").eval()
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))],
+    ids=["deepcopy", "pickle"],
+)
+@pytest.mark.parametrize("base", BASES)
+def test_a_copy_lives_apart(base, copied):
+    layer = make(base=base).eval()
     x = torch.randn(3, 64)
     with torch.no_grad():
         before = layer(x)
-        twin = copy.deepcopy(layer)
+        twin = copied(layer)
         assert torch.equal(twin(x), before)
         twin.weight.zero_()
         twin.lora_B.mul_(2)
