@@ -4,6 +4,7 @@ from peftkern import qlora
 from peftkern.adapt import Skipped, adapt, trainable_parameters
 from peftkern.files import adapter_state_dict, load_adapter, save_adapter
 from peftkern.info import Info, info
+from peftkern.merge import merge, unmerge
 from peftkern.qlora import LoraConfig, QLoRALinear
 from peftkern.report import Report, Row, report
 
@@ -18,8 +19,10 @@ __all__ = [
     "adapter_state_dict",
     "info",
     "load_adapter",
+    "merge",
     "qlora",
     "report",
     "save_adapter",
     "trainable_parameters",
+    "unmerge",
 ]

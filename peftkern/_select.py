@@ -99,6 +99,8 @@ def obstacle(
         return f"its weight is {weight.dtype}, not float"
     if weight.numel() == 0:
         return "its weight is empty"
+    if config.base is None and config.merge_aware:
+        return "its base is not quantised, which merge_aware needs"
     if config.base is None and (transposed or not weight.is_contiguous()):
         return "its weight is stored transposed, which only a config with a base can take"
     return None

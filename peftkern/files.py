@@ -85,7 +85,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
     Raises:
         FileNotFoundError: the folder or one of its two files is missing.
         ValueError: a file is truncated, corrupt or foreign, does not fit the model, or asks for
-            what peftkern does not have.
+            what peftkern does not have; or the model is merged.
         TypeError: a tensor is not float.
     """
     inner = _unwrapped(model)
@@ -98,6 +98,10 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
     if not adapters(inner):
         _place(inner, pairs, config)
     layers = adapters(inner)
+    if merged := [name for name, layer in layers.items() if layer.merged]:
+        raise ValueError(
+            f"model must be unmerged before it loads an adapter, got merged {_listed(merged)}"
+        )
     _check_fit(pairs, {name: _shapes(layer) for name, layer in layers.items()})
     with torch.no_grad():
         for name, (a, b) in pairs.items():

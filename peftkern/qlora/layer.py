@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern import _check
+from peftkern.qlora import merge_aware, merging
 from peftkern.qlora.ops import linear, quantize
 from peftkern.qlora.weight import BLOCK_SIZES, Format, QuantizedWeight, find_format
 
@@ -33,6 +34,10 @@ class LoraConfig:
         exclude_modules: name endings, or a regular expression, that are left alone.
         base: a format's name or a `Format` to quantise the base to; None keeps it as it is.
         block_size, nested: of the quantised base.
+        merge_aware: the forward sees the merged weight as a quantised base stores it, so that
+            merging changes nothing; gradients go straight through the rounding. Takes a quantised
+            base and no dropout, and keeps a second packed weight. The adapter's file does not
+            tell: in a layer without it, the same A and B are another function.
 
     Raises:
         ValueError: a value out of range.
@@ -50,12 +55,18 @@ class LoraConfig:
     base: str | Format | None = None
     block_size: int = 64
     nested: bool = True
+    merge_aware: bool = False
 
     def __post_init__(self) -> None:
         for name, rank in [("r", self.r), *self.rank_pattern.items()]:
             if rank < 1:
                 raise ValueError(f"{name} must be at least 1, got {rank}")
         _check.probability("lora_dropout", self.lora_dropout)
+        if self.merge_aware and self.lora_dropout:
+            raise ValueError(
+                "lora_dropout must be 0 with merge_aware, where one weight meets all of x, "
+                f"got {self.lora_dropout}"
+            )
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(
                 "init_lora_weights must be True, False or 'gaussian', "
@@ -83,7 +94,8 @@ class QLoRALinear(nn.Module):
     """y = x W^T + bias + scaling * (D(x) A^T) B^T; W and bias are frozen, A and B train.
 
     `state_dict` has `weight`, `weight.absmax`, … with the bytes that bitsandbytes writes (or one
-    dense `weight`), `bias`, `lora_A` and `lora_B`.
+    dense `weight`), `bias`, `lora_A` and `lora_B`; of a merged layer the merged weight and `bias`
+    alone, as the plain linear has them.
 
     Args:
         weight: `[out, in]`, quantised or dense. Its storage is shared, never copied or changed.
@@ -92,22 +104,28 @@ class QLoRALinear(nn.Module):
 
     Shape:
         `[..., in]` -> `[..., out]`, in the input's dtype.
+
+    Raises:
+        ValueError: `merge_aware` on a dense weight.
     """
 
     def __init__(
         self, weight: QuantizedWeight | Tensor, bias: Tensor | None, config: LoraConfig
     ) -> None:
         super().__init__()
+        if config.merge_aware and not isinstance(weight, QuantizedWeight):
+            raise ValueError(
+                f"merge_aware must have a quantised base, got {weight.dtype}, which merges as it is"
+            )
         self.out_features, self.in_features = weight.shape
         self.r, self.lora_dropout = config.r, config.lora_dropout
         self.rescale(config)
-        self._quantized: QuantizedWeight | None = None
+        self._requantized = merge_aware.Cache() if config.merge_aware else None
+        self.original: QuantizedWeight | Tensor | None = None
+        self.merge_loss: merging.Loss | None = None
+        self.set_base(weight)
         dtype = torch.float32
-        if isinstance(weight, QuantizedWeight):
-            self.weight = _frozen(weight.packed)
-            self._quantized = replace(weight, packed=self.weight)
-        else:
-            self.weight = _frozen(weight)
+        if not isinstance(weight, QuantizedWeight):
             # At least float32, as in peft: small steps vanish in the sums of 16-bit parameters.
             dtype = torch.promote_types(weight.dtype, dtype)
         self.bias = None if bias is None else _frozen(bias)
@@ -115,6 +133,14 @@ class QLoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(config.r, self.in_features, **options))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.r, **options))
         self._initialize(config.init_lora_weights)
+
+    def set_base(self, weight: QuantizedWeight | Tensor) -> None:
+        self._quantized: QuantizedWeight | None = None
+        if isinstance(weight, QuantizedWeight):
+            self.weight = _frozen(weight.packed)
+            self._quantized = replace(weight, packed=self.weight)
+        else:
+            self.weight = _frozen(weight)
 
     def rescale(self, config: LoraConfig) -> None:
         """Takes the scale of the low-rank term from the config's alpha and rule."""
@@ -171,10 +197,49 @@ class QLoRALinear(nn.Module):
             self._quantized = replace(self._quantized, packed=self.weight)
         return self._quantized
 
+    @property
+    def base(self) -> QuantizedWeight | Tensor:
+        """The weight that the forward takes; where it is merged, `original` is what it was."""
+        return self.quantized_weight or self.weight
+
+    @property
+    def merged(self) -> bool:
+        """Whether the low-rank term is in the weight."""
+        return self.original is not None
+
+    @property
+    def merge_aware(self) -> bool:
+        """Whether the forward sees what merging stores."""
+        return self._requantized is not None
+
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.quantized_weight or self.weight
+        if self.original is not None:
+            merging.refuse_training(self)
+            return linear(x, self.base, self.bias)
+        adapter = (self.lora_A, self.lora_B, self.scaling)
+        if self._requantized is not None:
+            return merge_aware.linear(x, self._requantized.get(self), self.bias, *adapter)
         dropout = self.lora_dropout if self.training else 0.0
-        return linear(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
+        return linear(x, self.base, self.bias, *adapter, dropout)
+
+    def merge(self, dtype: torch.dtype | None = None, requantize: bool = False) -> None:
+        """Puts the low-rank term into the weight; `peftkern.merge` says how, for a whole model."""
+        merged = merging.merged("layer", self, dtype, requantize)
+        merging.warn({} if merged.loss is None else {"the layer": merged.loss})
+        merging.take(self, merged)
+
+    def unmerge(self) -> None:
+        """Puts the original weight back: the very parameter, with its bits.
+
+        Raises:
+            ValueError: the layer is not merged.
+        """
+        merging.give_back("layer", self)
+
+    def merged_rows(self, base: Tensor, rows: slice) -> Tensor:
+        """What merging makes of these rows of the base, which come dense in float32 or float64."""
+        delta = merging.low_rank(self.lora_A, self.lora_B, self.scaling, rows, base.dtype)
+        return base + delta
 
     def _apply(self, fn: Any, recurse: bool = True) -> QLoRALinear:
         """The scales follow the packed bytes from device to device, and keep their dtype."""
@@ -182,10 +247,15 @@ class QLoRALinear(nn.Module):
         if self._quantized is not None:
             moved = self._quantized.scales_to(self.weight.device)
             self._quantized = replace(moved, packed=self.weight)
+        if self.original is not None:
+            self.original = merging.moved(self.original, fn)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:  # what holds W + D must not hold D again
+            for name in self._parameters.keys() - {"weight", "bias"}:
+                del destination[f"{prefix}{name}"]
         if (weight := self.quantized_weight) is not None:
             for name, tensor in weight.statistics().items():
                 destination[f"{prefix}weight.{name}"] = tensor
@@ -196,6 +266,9 @@ class QLoRALinear(nn.Module):
     ) -> None:  # fmt: skip
         """Takes bitsandbytes' keys too; the weight must be of this layer's format and shape."""
         key, loaded = f"{prefix}weight", None
+        if self.merged:
+            errors.append(f"{key}: the layer must be unmerged before it loads, got a merged layer")
+            return
         if self._quantized is not None and key in state_dict:
             names = [k for k in state_dict if k.startswith(f"{key}.")]
             statistics = {k.removeprefix(f"{key}."): state_dict[k] for k in names}
@@ -219,6 +292,8 @@ class QLoRALinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
             f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, base={base}, "
             f"bias={self.bias is not None}"
+            + (", merge_aware=True" if self.merge_aware else "")
+            + (", merged=True" if self.merged else "")
         )
 
 
