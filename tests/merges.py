@@ -1,5 +1,7 @@
 """Layers whose low-rank term is exact in float32, and the ways to merge them."""
 
+import copy
+
 import torch
 from torch import nn
 
@@ -35,3 +37,19 @@ def truth(layer):
     """W + scaling * B A in float64."""
     term = layer.lora_B.double() @ layer.lora_A.double()
     return (dense(layer).double() + layer.scaling * term).detach()
+
+
+def aware(rows=24, columns=64, seed=0, **options):
+    """A merge-aware layer as after training, far enough for codes to move."""
+    torch.manual_seed(seed)
+    options = {"r": 4, "base": "nf4", "merge_aware": True} | options
+    layer = QLoRALinear.from_linear(nn.Linear(columns, rows), **options)
+    nn.init.normal_(layer.lora_B, std=0.01)
+    return layer
+
+
+def requantized(layer):
+    """The weight that merging stores."""
+    twin = copy.deepcopy(layer)
+    twin.merge(requantize=True)
+    return twin.quantized_weight

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from merges import WARNS, WAYS, dense, make, truth
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from peftkern import LoraConfig, QLoRALinear
 from peftkern.qlora import merging, quantize
@@ -132,6 +134,30 @@ def test_4_bits_erase_a_small_change_and_the_loss_says_so(panel, share, error, c
     assert loss.cosine == pytest.approx(cosine, abs=0.02)
 
 
+class Largest(TorchDispatchMode):
+    """The most elements of a float tensor that was made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if torch.is_tensor(tensor) and tensor.is_floating_point():
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.filterwarnings(WARNS)
+def test_no_more_than_a_panel_is_dense(monkeypatch):
+    monkeypatch.setattr(merging, "PANEL", 1 << 14)
+    layer, other = make(512, 512, "nf4"), make(512, 512, "nf4", merge_aware=True)
+    x = torch.randn(2, 512)
+    for run in (lambda: layer.merge(requantize=True), lambda: other(x)):
+        with Largest() as largest:
+            run()
+        assert largest.elements == 1 << 14
+
+
 def test_a_float_weight_keeps_the_small_change():
     layer = of_size(0.01)
     old, wanted = dense(layer), truth(layer)
@@ -190,6 +216,17 @@ def test_merging_under_autocast_loses_no_bits(way):
         y = layer(torch.ones(2, 64))
     other.merge(**options)
     assert torch.equal(dense(layer), dense(other)) and y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.filterwarnings(WARNS)
+def test_merging_in_inference_mode_leaves_an_ordinary_weight(way):
+    base, options = WAYS[way]
+    layer, x = make(base=base), torch.randn(3, 64, requires_grad=True)
+    with torch.inference_mode():
+        layer.merge(**options)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, dense(layer).float().sum(0).expand(3, -1))
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -120,7 +120,7 @@ class QLoRALinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.r, self.lora_dropout = config.r, config.lora_dropout
         self.rescale(config)
-        self._requantized = merge_aware.Cache() if config.merge_aware else None
+        self.merge_aware, self._requantized = config.merge_aware, merge_aware.Cache()
         self.original: QuantizedWeight | Tensor | None = None
         self.merge_loss: merging.Loss | None = None
         self.set_base(weight)
@@ -207,39 +207,31 @@ class QLoRALinear(nn.Module):
         """Whether the low-rank term is in the weight."""
         return self.original is not None
 
-    @property
-    def merge_aware(self) -> bool:
-        """Whether the forward sees what merging stores."""
-        return self._requantized is not None
-
     def forward(self, x: Tensor) -> Tensor:
-        if self.original is not None:
+        base = self.base
+        if self.merged:
             merging.refuse_training(self)
-            return linear(x, self.base, self.bias)
+            return linear(x, base, self.bias)
         adapter = (self.lora_A, self.lora_B, self.scaling)
-        if self._requantized is not None:
-            return merge_aware.linear(x, self._requantized.get(self), self.bias, *adapter)
+        if self.merge_aware:
+            assert isinstance(base, QuantizedWeight)
+            return merge_aware.linear(x, base, self.bias, *adapter, self._requantized)
         dropout = self.lora_dropout if self.training else 0.0
-        return linear(x, self.base, self.bias, *adapter, dropout)
+        return linear(x, base, self.bias, *adapter, dropout)
 
     def merge(self, dtype: torch.dtype | None = None, requantize: bool = False) -> None:
-        """Puts the low-rank term into the weight; `peftkern.merge` says how, for a whole model."""
+        """As `peftkern.merge`, of this layer alone."""
         merged = merging.merged("layer", self, dtype, requantize)
         merging.warn({} if merged.loss is None else {"the layer": merged.loss})
         merging.take(self, merged)
 
     def unmerge(self) -> None:
-        """Puts the original weight back: the very parameter, with its bits.
-
-        Raises:
-            ValueError: the layer is not merged.
-        """
+        """As `peftkern.unmerge`, of this layer alone."""
         merging.give_back("layer", self)
 
-    def merged_rows(self, base: Tensor, rows: slice) -> Tensor:
+    def merged_rows(self, panel: Tensor, rows: slice) -> Tensor:
         """What merging makes of these rows of the base, which come dense in float32 or float64."""
-        delta = merging.low_rank(self.lora_A, self.lora_B, self.scaling, rows, base.dtype)
-        return base + delta
+        return merging.adding(self.lora_A, self.lora_B, self.scaling)(panel, rows)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QLoRALinear:
         """The scales follow the packed bytes from device to device, and keep their dtype."""
@@ -254,8 +246,8 @@ class QLoRALinear(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:  # what holds W + D must not hold D again
-            for name in self._parameters.keys() - {"weight", "bias"}:
-                del destination[f"{prefix}{name}"]
+            for name in {*self._parameters, *self._buffers} - {"weight", "bias"}:
+                destination.pop(f"{prefix}{name}", None)
         if (weight := self.quantized_weight) is not None:
             for name, tensor in weight.statistics().items():
                 destination[f"{prefix}weight.{name}"] = tensor

@@ -8,7 +8,7 @@ bias have the gradients of plain LoRA.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,6 @@ from peftkern import _native
 from peftkern.qlora import check, merging, ops
 from peftkern.qlora.ops import _linear_bwd_op, _linear_op
 from peftkern.qlora.weight import QuantizedWeight, find_format
-
-if TYPE_CHECKING:
-    from peftkern.qlora.layer import QLoRALinear
 
 _Fixed = tuple[list[Tensor], list[int], float]
 _REST = (0.0, None, None, None)  # no dropout, no seed, no experts, no adapters by row
@@ -66,13 +63,19 @@ def _sums(x: Tensor) -> torch.dtype:
 
 
 def linear(
-    x: Tensor, weight: QuantizedWeight, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
-    scale: float,
+    x: Tensor, base: QuantizedWeight, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
+    scale: float, cache: Cache,
 ) -> Tensor:  # fmt: skip
-    """As `ops.linear` of the requantised weight, with gradients for the term that is in it."""
+    """y = x W'^T + bias, as `ops.linear` of the requantised weight, and differentiable as above."""
+    check.linear(x, base, 2, bias, lora_a, lora_b, 0.0, None)
+    a, b = lora_a.detach(), lora_b.detach()
+    if torch.compiler.is_compiling():
+        parts = _requantize_op(base.buffers, base.layout, base.format.name, a, b, scale)
+        weight = merging.stored_as(base, *parts)
+    else:
+        weight = cache.get(base, a, b, scale)
     if not torch.is_grad_enabled():
         return ops.linear(x, weight, bias)
-    check.linear(x, weight, 2, bias, lora_a, lora_b, 0.0, None)
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
@@ -85,8 +88,8 @@ class Cache:
 
     A and B are compared by value: a write through `.data`, as averaging of weights makes, or
     through a pointer, as 8-bit optimisers make, leaves no trace in a tensor's version. That reads
-    r * (in + out) elements and, on a GPU, waits for it. A graph of torch.compile cannot, so it
-    requantises at every call; merging spares it that.
+    r * (in + out) elements and, on a GPU, waits for it. A graph of torch.compile cannot compare, so
+    it requantises at every call; merging spares it that.
     """
 
     def __init__(self) -> None:
@@ -95,21 +98,26 @@ class Cache:
     def __reduce__(self) -> tuple[Any, ...]:
         return Cache, ()  # copies and pickles make their own
 
-    def get(self, layer: QLoRALinear) -> QuantizedWeight:
-        source, scale = layer.base, layer.scaling
-        assert isinstance(source, QuantizedWeight)
-        a, b = layer.lora_A.detach(), layer.lora_B.detach()
-        if torch.compiler.is_compiling():
-            parts = _requantize_op(source.buffers, source.layout, source.format.name, a, b, scale)
-            return merging.stored_as(source, *parts)
+    def get(self, base: QuantizedWeight, a: Tensor, b: Tensor, scale: float) -> QuantizedWeight:
         if (entry := self.entry) is not None:
-            weight, old_source, old_scale, old_a, old_b = entry
-            same = old_source is source and old_scale == scale
+            weight, old_base, old_scale, old_a, old_b = entry
+            same = old_base is base and old_scale == scale
             if same and _equal(a, old_a) and _equal(b, old_b):
                 return weight  # type: ignore[no-any-return]
-        weight = merging.stored_as(source, *merging.requantized(source, layer.merged_rows))
-        self.entry = (weight, source, scale, a.clone(), b.clone())  # at once: threads may share it
+        parts = merging.requantized(base, merging.adding(a, b, scale))
+        weight = merging.stored_as(base, *parts)
+        self.entry = (
+            weight,
+            base,
+            scale,
+            a.clone(),
+            b.clone(),
+        )  # in one step: threads may share it
         return weight
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _requantize(
@@ -120,11 +128,7 @@ def _requantize(
     base = QuantizedWeight(
         packed, absmax, codebook, shape, torch.float32, find_format(format), block_size, *nested
     )
-
-    def merged_rows(panel: Tensor, rows: slice) -> Tensor:
-        return panel + merging.low_rank(a, b, scale, rows, panel.dtype)
-
-    return merging.requantized(base, merged_rows)
+    return merging.requantized(base, merging.adding(a, b, scale))
 
 
 _requantize_op = _native.compose(
@@ -133,7 +137,3 @@ _requantize_op = _native.compose(
     lambda weight, *rest: [torch.empty_like(weight[i]) for i in (0, 1, 3, 5) if i < len(weight)],
     _requantize,
 )
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)

@@ -73,6 +73,7 @@ def refuse(name: str, layer: QLoRALinear, dtype: torch.dtype | None, requantize:
         )
 
 
+@torch.inference_mode(False)  # whose tensors no later training could use
 @torch.no_grad()
 def merged(name: str, layer: QLoRALinear, dtype: torch.dtype | None, requantize: bool) -> Merged:
     """The merged weight; the layer stays as it is.
@@ -121,11 +122,16 @@ def stored_as(
     )  # fmt: skip
 
 
-def low_rank(a: Tensor, b: Tensor, scale: float, rows: slice, dtype: torch.dtype) -> Tensor:
-    """scale * B A, of these rows."""
-    a, b = a.to(dtype), b[rows].to(dtype)
-    # In place, which autocast leaves in its dtype.
-    return a.new_empty(len(b), a.shape[1]).addmm_(b, a, beta=0, alpha=scale)
+def adding(a: Tensor, b: Tensor, scale: float) -> MergedRows:
+    """What adds scale * B A to rows of a weight, in the dtype in which they come."""
+
+    def merged_rows(panel: Tensor, rows: slice) -> Tensor:
+        # In place, which autocast leaves in its dtype.
+        low_rank = torch.empty_like(panel)
+        low_rank.addmm_(b[rows].to(panel.dtype), a.to(panel.dtype), beta=0, alpha=scale)
+        return low_rank.add_(panel)
+
+    return merged_rows
 
 
 def panels(weight: QuantizedWeight | Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -226,7 +232,8 @@ def give_back(name: str, layer: QLoRALinear) -> None:
 
 def refuse_training(layer: QLoRALinear) -> None:
     """Raises rather than let a step train nothing."""
-    if layer.training and layer.lora_A.requires_grad and torch.is_grad_enabled():
+    trains = layer.lora_A.requires_grad or layer.lora_B.requires_grad
+    if layer.training and trains and torch.is_grad_enabled():
         raise RuntimeError(
             "layer must be unmerged to train, got a merged one in training mode: unmerge it, call "
             "eval(), or freeze its adapter"
