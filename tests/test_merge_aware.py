@@ -159,7 +159,7 @@ def trained(merge_aware):
     The inputs lie in 4 of 256 directions, and the wanted change of W is 5 % of its size: so 4 bits
     have room for what matters, and rounding after training does not find it.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     linear = nn.Linear(256, 64, bias=False)
     layer = QLoRALinear.from_linear(
         linear, r=16, lora_alpha=16, base="nf4", merge_aware=merge_aware
@@ -174,9 +174,9 @@ def trained(merge_aware):
         return (layer(x) - target).square().mean()
 
     losses = [loss().item()]
-    optimizer = torch.optim.Adam(peftkern.trainable_parameters(layer), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
-    for _ in range(200):
+    optimizer = torch.optim.Adam(peftkern.trainable_parameters(layer), lr=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+    for _ in range(300):
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()
