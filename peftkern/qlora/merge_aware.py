@@ -106,13 +106,8 @@ class Cache:
                 return weight  # type: ignore[no-any-return]
         parts = merging.requantized(base, merging.adding(a, b, scale))
         weight = merging.stored_as(base, *parts)
-        self.entry = (
-            weight,
-            base,
-            scale,
-            a.clone(),
-            b.clone(),
-        )  # in one step: threads may share it
+        # In one step, since threads may share it.
+        self.entry = (weight, base, scale, a.clone(), b.clone())
         return weight
 
 
