@@ -135,6 +135,7 @@ class QLoRALinear(nn.Module):
         self._initialize(config.init_lora_weights)
 
     def set_base(self, weight: QuantizedWeight | Tensor) -> None:
+        """Takes a weight, and the very parameter where it is one."""
         self._quantized: QuantizedWeight | None = None
         if isinstance(weight, QuantizedWeight):
             self.weight = _frozen(weight.packed)

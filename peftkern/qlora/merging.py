@@ -82,20 +82,21 @@ def merged(name: str, layer: QLoRALinear, dtype: torch.dtype | None, requantize:
         ValueError, TypeError: as `refuse`, or a value of the merged weight is not finite.
     """
     refuse(name, layer, dtype, requantize)
-    base, loss = layer.base, None
-    weight: QuantizedWeight | Tensor
-    if isinstance(base, QuantizedWeight) and (requantize or layer.merge_aware):
-        weight = stored_as(base, *requantized(base, layer.merged_rows))
-        if not layer.merge_aware:
-            loss = _loss(layer, base, weight)
-    else:
-        weight = _dense(layer, base, dtype or base.dtype)
-    buffers = weight.buffers if isinstance(weight, QuantizedWeight) else [weight]
-    if not all(tensor.isfinite().all() for tensor in buffers):
+    base = layer.base
+    if not (isinstance(base, QuantizedWeight) and (requantize or layer.merge_aware)):
+        dense = _dense(layer, base, dtype or base.dtype)
+        _check_finite(name, [dense])
+        return Merged(dense)
+    weight = stored_as(base, *requantized(base, layer.merged_rows))
+    _check_finite(name, weight.buffers)
+    if layer.merge_aware:
+        return Merged(weight if dtype is None else weight.dequantize(dtype))
+    return Merged(weight, _loss(layer, base, weight))
+
+
+def _check_finite(name: str, tensors: list[Tensor]) -> None:
+    if not all(tensor.isfinite().all() for tensor in tensors):
         raise ValueError(f"{name} must have a finite weight once merged, got NaN or infinity")
-    if isinstance(weight, QuantizedWeight) and dtype is not None:
-        weight = weight.dequantize(dtype)
-    return Merged(weight, loss)
 
 
 @torch.no_grad()
