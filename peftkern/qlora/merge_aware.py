@@ -71,7 +71,7 @@ def linear(
     a, b = lora_a.detach(), lora_b.detach()
     if torch.compiler.is_compiling():
         parts = _requantize_op(base.buffers, base.layout, base.format.name, a, b, scale)
-        weight = merging.stored_as(base, *parts)
+        weight = merging.replaced(base, *parts)
     else:
         weight = cache.get(base, a, b, scale)
     if not torch.is_grad_enabled():
@@ -105,7 +105,7 @@ class Cache:
             if same and _equal(a, old_a) and _equal(b, old_b):
                 return weight  # type: ignore[no-any-return]
         parts = merging.requantized(base, merging.adding(a, b, scale))
-        weight = merging.stored_as(base, *parts)
+        weight = merging.replaced(base, *parts)
         # In one step, since threads may share it.
         self.entry = (weight, base, scale, a.clone(), b.clone())
         return weight
@@ -118,11 +118,11 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def _requantize(
     buffers: list[Tensor], layout: list[int], format: str, a: Tensor, b: Tensor, scale: float
 ) -> list[Tensor]:
-    packed, absmax, codebook, *nested = buffers
-    shape, block_size = torch.Size(layout[1:3]), layout[3]
+    shape, block_size, (packed, absmax, codebook, *nested) = layout[1:3], layout[3], buffers
     base = QuantizedWeight(
-        packed, absmax, codebook, shape, torch.float32, find_format(format), block_size, *nested
-    )
+        packed, absmax, codebook, torch.Size(shape), torch.float32, find_format(format),
+        block_size, *nested,
+    )  # fmt: skip
     return merging.requantized(base, merging.adding(a, b, scale))
 
 

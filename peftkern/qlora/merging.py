@@ -87,7 +87,7 @@ def merged(name: str, layer: QLoRALinear, dtype: torch.dtype | None, requantize:
         dense = _dense(layer, base, dtype or base.dtype)
         _check_finite(name, [dense])
         return Merged(dense)
-    weight = stored_as(base, *requantized(base, layer.merged_rows))
+    weight = replaced(base, *requantized(base, layer.merged_rows))
     _check_finite(name, weight.buffers)
     if layer.merge_aware:
         return Merged(weight if dtype is None else weight.dequantize(dtype))
@@ -112,7 +112,7 @@ def requantized(base: QuantizedWeight, merged_rows: MergedRows) -> list[Tensor]:
     return [packed, *reference.nest(absmax, base.nested_map)]
 
 
-def stored_as(
+def replaced(
     base: QuantizedWeight, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None = None,
     nested_offset: Tensor | None = None,
 ) -> QuantizedWeight:  # fmt: skip
