@@ -68,8 +68,8 @@ def refuse(name: str, layer: QLoRALinear, dtype: torch.dtype | None, requantize:
         format = weight.format.name
         raise ValueError(
             f"{name} must have a float base to merge into, got {format}: dtype=torch.bfloat16 "
-            f"makes a float weight of it, requantize=True {format} again, which loses most of a "
-            "small adapter"
+            f"makes a float weight of it, requantize=True {format} again, which rounds a small "
+            "adapter away"
         )
 
 
