@@ -201,8 +201,11 @@ def test_the_original_moves_along(way, device):
     assert layer.weight is weight or device.type != "cpu"
     x = torch.randn(3, 64, dtype=torch.float64, device=device)
     assert torch.equal(layer(x), other(x))
+    layer.merge(**options)
+    layer.to("meta").unmerge()
+    assert layer.weight.device.type == "meta"
     if base:
-        assert {t.device.type for t in layer.base.buffers} == {device.type}
+        assert {t.device.type for t in layer.base.buffers} == {"meta"}
         assert layer.base.packed is layer.weight
 
 
