@@ -22,10 +22,12 @@ def merge(model: Model, dtype: torch.dtype | None = None, requantize: bool = Fal
     another module shares stays as it is there. While it computes, at most a few panels of 16 MB
     are dense beside what is kept.
 
-    A quantised base has no room for a small change: stored again in 4 bits, W + D is nearly W where
-    D is below 2 % of it. So it is merged only where one says into what: `dtype`, or `requantize`,
-    which warns with the relative error of the change, as measured. A layer that was trained with
-    `merge_aware` sees the requantised weight anyway: it merges as it is, and loses nothing.
+    A quantised base has no room for a small change D: stored again in 4 bits, W + D is nearly W
+    where D is below 2 % of it. So it is merged only where one says into what: `dtype`, or
+    `requantize`, which warns with the relative error of the change, as measured. W is the weight
+    that the adapter was trained on, the quantised one, not that from which it was quantised. A
+    layer with `merge_aware` sees the requantised weight anyway: it merges as it is, and loses
+    nothing.
 
     Merged, `state_dict` is that of the plain model with merged weights, `save_adapter` saves the
     adapter as ever, and training and loading are refused.
