@@ -199,6 +199,7 @@ def test_the_original_moves_along(way, device):
     layer.double().to(device)
     layer.unmerge()
     assert layer.weight is weight or device.type != "cpu"
+    assert layer.weight.dtype == other.weight.dtype
     x = torch.randn(3, 64, dtype=torch.float64, device=device)
     assert torch.equal(layer(x), other(x))
     layer.merge(**options)
