@@ -99,7 +99,7 @@ def report(model: nn.Module) -> Report:
 def _row(name: str, layer: QLoRALinear, layers: list[QLoRALinear]) -> Row:
     weight = layer.quantized_weight
     adapter_and_bias = [p for p in layer.parameters() if p is not layer.weight]
-    stored = layer.base.nbytes + (0 if layer.original is None else layer.original.nbytes)
+    stored = layer.base.nbytes + (layer.original.weight.nbytes if layer.original else 0)
     dtype = str(layer.weight.dtype).removeprefix("torch.")
     return Row(
         name=name,
@@ -113,10 +113,9 @@ def _row(name: str, layer: QLoRALinear, layers: list[QLoRALinear]) -> Row:
 
 
 def _mergeable(layer: QLoRALinear) -> str:
-    if layer.merge_loss is not None:
-        return f"merged, error {layer.merge_loss.error:.2g}"
-    if layer.merged:
-        return "merged"
+    if layer.original is not None:
+        loss = layer.original.loss
+        return "merged" if loss is None else f"merged, error {loss.error:.2g}"
     if layer.quantized_weight is None or layer.merge_aware:
         return "exact"
     return "by dtype or requantize"

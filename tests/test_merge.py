@@ -126,7 +126,7 @@ def test_4_bits_erase_a_small_change_and_the_loss_says_so(panel, share, error, c
     with pytest.warns(UserWarning, match="requantize=True"):
         layer.merge(requantize=True)
     new, change = dense(layer).double(), wanted - old
-    loss = layer.merge_loss
+    loss = layer.original.loss
     assert loss.error == pytest.approx(((new - wanted).norm() / change.norm()).item(), rel=1e-3)
     kept = torch.cosine_similarity((new - old).flatten(), change.flatten(), dim=0)
     assert loss.cosine == pytest.approx(kept.item(), rel=1e-3)

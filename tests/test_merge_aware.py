@@ -36,7 +36,7 @@ def test_the_forward_is_that_of_the_merged_layer(
     old = layer.quantized_weight.dequantize()
     with warnings.catch_warnings(action="error"):  # nothing is lost, so nothing is said
         layer.eval().merge()
-    assert layer.merge_loss is None and layer.quantized_weight.nested == nested
+    assert layer.original.loss is None and layer.quantized_weight.nested == nested
     assert torch.equal(layer(x), y)
     layer.unmerge()
     assert torch.equal(layer.quantized_weight.dequantize(), old) and torch.equal(layer(x), y)

@@ -19,7 +19,9 @@ from peftkern import LoraConfig, QLoRALinear
 def test_a_merged_model_computes_the_same_and_comes_back(config):
     model = adapted(config)
     y, before = model(tokens()), snapshot(model)
+    names = [name for name, _ in model.named_parameters()]
     assert peftkern.merge(model, dtype=torch.float32) is model
+    assert [name for name, _ in model.named_parameters()] == names
     torch.testing.assert_close(model(tokens()), y)
     assert peftkern.unmerge(model) is model
     assert_unchanged(model, before)
@@ -54,7 +56,7 @@ def test_one_warning_tells_the_loss_of_all_layers():
         peftkern.merge(model, requantize=True)
     (warning,) = caught
     assert warning.filename == __file__
-    losses = [m.merge_loss for m in model.modules() if isinstance(m, QLoRALinear)]
+    losses = [m.original.loss for m in model.modules() if isinstance(m, QLoRALinear)]
     worst = max(loss.error for loss in losses)
     assert "in 6 layers" in str(warning.message) and f"{worst:.3g} in layers." in str(
         warning.message
@@ -73,9 +75,9 @@ def test_what_loses_nothing_warns_of_nothing():
 
 
 def test_the_report_tells_what_is_merged_and_what_it_costs():
-    model = adapted(LoraConfig(base="nf4"))
+    model = adapted(MIXED)
     plain = {row.name: row for row in peftkern.report(model).rows}
-    assert {row.mergeable for row in plain.values()} == {"by dtype or requantize"}
+    assert {row.mergeable for row in plain.values()} == {"exact", "by dtype or requantize"}
     peftkern.merge(model, dtype=torch.bfloat16)
     for row in peftkern.report(model).rows:
         assert (row.format, row.mergeable) == ("bfloat16", "merged")

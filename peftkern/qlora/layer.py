@@ -121,8 +121,7 @@ class QLoRALinear(nn.Module):
         self.r, self.lora_dropout = config.r, config.lora_dropout
         self.rescale(config)
         self.merge_aware, self._requantized = config.merge_aware, merge_aware.Cache()
-        self.original: QuantizedWeight | Tensor | None = None
-        self.merge_loss: merging.Loss | None = None
+        self.original: merging.Original | None = None
         self.set_base(weight)
         dtype = torch.float32
         if not isinstance(weight, QuantizedWeight):
@@ -241,7 +240,7 @@ class QLoRALinear(nn.Module):
             moved = self._quantized.scales_to(self.weight.device)
             self._quantized = replace(moved, packed=self.weight)
         if self.original is not None:
-            self.original = merging.moved(self.original, fn)
+            self.original = self.original.moved(fn)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

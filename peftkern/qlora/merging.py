@@ -55,6 +55,29 @@ class Merged:
     loss: Loss | None = None
 
 
+@dataclass(frozen=True)
+class Original:
+    """What a merged layer had; not an attribute of it, which would be one of its parameters.
+
+    Args:
+        weight: the very parameter, or the weight around it.
+        loss: of the merge.
+    """
+
+    weight: QuantizedWeight | Tensor
+    loss: Loss | None
+
+    def moved(self, fn: Any) -> Original:
+        """As `nn.Module._apply` moves what a module has."""
+        weight = self.weight
+        parameter: Tensor = weight.packed if isinstance(weight, QuantizedWeight) else weight
+        (parameter,) = nn.ParameterList([parameter])._apply(fn)  # type: ignore[no-untyped-call]
+        if not isinstance(weight, QuantizedWeight):
+            return replace(self, weight=parameter)
+        moved = weight.scales_to(parameter.device)
+        return replace(self, weight=replace(moved, packed=parameter))
+
+
 def refuse(name: str, layer: QLoRALinear, dtype: torch.dtype | None, requantize: bool) -> None:
     """Raises where it is not clear what to merge into, before anything is computed."""
     if layer.merged:
@@ -220,15 +243,15 @@ def warn(losses: dict[str, Loss]) -> None:
 
 def take(layer: QLoRALinear, merged: Merged) -> None:
     """Puts the merged weight in, and keeps the original."""
-    layer.original, layer.merge_loss = layer.base, merged.loss
+    layer.original = Original(layer.base, merged.loss)
     layer.set_base(merged.weight)
 
 
 def give_back(name: str, layer: QLoRALinear) -> None:
     if layer.original is None:
         raise ValueError(f"{name} must be merged, got a layer that is not")
-    layer.set_base(layer.original)
-    layer.original = layer.merge_loss = None
+    layer.set_base(layer.original.weight)
+    layer.original = None
 
 
 def refuse_training(layer: QLoRALinear) -> None:
@@ -239,12 +262,3 @@ def refuse_training(layer: QLoRALinear) -> None:
             "layer must be unmerged to train, got a merged one in training mode: unmerge it, call "
             "eval(), or freeze its adapter"
         )
-
-
-def moved(weight: QuantizedWeight | Tensor, fn: Any) -> QuantizedWeight | Tensor:
-    """As `nn.Module._apply` moves the weights of a module, which an original is not any more."""
-    parameter: Tensor = weight.packed if isinstance(weight, QuantizedWeight) else weight
-    (parameter,) = nn.ParameterList([parameter])._apply(fn)  # type: ignore[no-untyped-call]
-    if not isinstance(weight, QuantizedWeight):
-        return parameter
-    return replace(weight.scales_to(parameter.device), packed=parameter)
