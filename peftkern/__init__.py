@@ -5,6 +5,7 @@ from peftkern.adapt import Skipped, adapt, trainable_parameters
 from peftkern.corda import corda
 from peftkern.files import adapter_state_dict, load_adapter, save_adapter
 from peftkern.info import Info, info
+from peftkern.merge import merge, unmerge
 from peftkern.qlora import LoraConfig, QLoRALinear
 from peftkern.report import Report, Row, report
 
@@ -20,8 +21,10 @@ __all__ = [
     "corda",
     "info",
     "load_adapter",
+    "merge",
     "qlora",
     "report",
     "save_adapter",
     "trainable_parameters",
+    "unmerge",
 ]

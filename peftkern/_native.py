@@ -44,6 +44,19 @@ def define(schema: str, fake: Callable[..., Any], reference: Callable[..., Any])
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def compose(schema: str, fake: Callable[..., Any], function: Callable[..., Any]) -> Any:
+    """Defines an op that other ops make up on every device; a compiler does not look into it.
+
+    For what has to keep its bits: compiled, a sum may run in another order.
+    """
+    name = schema.split("(", 1)[0]
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.define(qualified, schema.removeprefix(name))
+    torch.library.register_fake(qualified, fake)
+    torch.library.impl(qualified, "CompositeExplicitAutograd", function)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
 def register_triton(family: str, verb: str) -> None:
     """Lets the launcher `peftkern.kernels.<family>.<verb>` serve GPUs where C++ does not."""
 

@@ -113,6 +113,8 @@ def obstacle(
         return f"its weight is {weight.dtype}, not float"
     if weight.numel() == 0:
         return "its weight is empty"
+    if config.base is None and config.merge_aware:
+        return "its base is not quantised, which merge_aware needs"
     if tied and is_transposed(module):
         return f"its weight is stored transposed and tied to {tied[0]}, which a copy would part"
     return init.obstacle(config, *features(module))

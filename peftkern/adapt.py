@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from peftkern import _peft, _select
 from peftkern.qlora import LoraConfig, QLoRALinear, QuantizedWeight
+from peftkern.qlora.frozen import base_of
 from peftkern.qlora.init import Factors
-from peftkern.qlora.layer import base_of
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peftkern import _check, _folder, _peft, _select
 from peftkern.adapt import Plan, as_linear, place, plan
 from peftkern.qlora import init
-from peftkern.qlora.layer import base_of
+from peftkern.qlora.frozen import base_of
 
 Model = TypeVar("Model", bound=nn.Module)
 

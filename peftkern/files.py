@@ -111,7 +111,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
     Raises:
         FileNotFoundError: the folder or one of its two files is missing.
         ValueError: a file is truncated, corrupt or foreign, does not fit the model, or asks for
-            what peftkern does not have; or the model is spread over processes by
+            what peftkern does not have; or the model is merged, is spread over processes by
             FullyShardedDataParallel, or otherwise and has no adapter yet.
         TypeError: a tensor is not float.
     """
@@ -131,6 +131,10 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
         _select.refuse_wrapped(model)
         _place(inner, stored, config)
     layers = _adapters(inner)
+    if merged := [name for name, layer in layers.items() if layer.merged]:
+        raise ValueError(
+            f"model must be unmerged before it loads an adapter, got merged {_listed(merged)}"
+        )
     _check_fit(stored, {name: _shapes(layer) for name, layer in layers.items()})
     with torch.no_grad():
         for name, parts in stored.items():

@@ -23,8 +23,8 @@ class Row:
         layer: its class.
         format: how its base is stored: a 4-bit format or a dtype.
         trainable: parameters that take a gradient.
-        bytes: of base, bias and adapter.
-        mergeable: "exact", or "no: " and the reason.
+        bytes: of base, bias and adapter; where it is merged, of the original too.
+        mergeable: "exact", or what `merge` must be told, or "merged" and what that lost.
         vllm: "yes", or "no: " and the reason, or what vLLM must be told.
     """
 
@@ -99,7 +99,7 @@ def report(model: nn.Module) -> Report:
 def _row(name: str, layer: QLoRALinear, layers: list[QLoRALinear]) -> Row:
     weight = layer.quantized_weight
     tensors = [*layer.parameters(), *layer.buffers()]
-    stored = layer.weight.nbytes if weight is None else weight.nbytes
+    stored = layer.base.nbytes + (layer.original.weight.nbytes if layer.original else 0)
     dtype = str(layer.weight.dtype).removeprefix("torch.")
     return Row(
         name=name,
@@ -107,13 +107,24 @@ def _row(name: str, layer: QLoRALinear, layers: list[QLoRALinear]) -> Row:
         format=dtype if weight is None else weight.format.name,
         trainable=sum(p.numel() for p in layer.parameters() if p.requires_grad),
         bytes=stored + sum(t.nbytes for t in tensors if t is not layer.weight),
-        mergeable="exact" if weight is None else f"no: {weight.format.bits}-bit base",
+        mergeable=_mergeable(layer),
         vllm=_vllm(layer, layers),
     )
 
 
+def _mergeable(layer: QLoRALinear) -> str:
+    if layer.original is not None:
+        loss = layer.original.loss
+        return "merged" if loss is None else f"merged, error {loss.error:.2g}"
+    if layer.quantized_weight is None or layer.merge_aware:
+        return "exact"
+    return "by dtype or requantize"
+
+
 def _vllm(layer: QLoRALinear, layers: list[QLoRALinear]) -> str:
     """vLLM takes the scale of every module from the config's r and lora_alpha, patterns unread."""
+    if layer.merge_aware:
+        return "no: merge_aware, only merged"
     if layer.use_dora:
         return "no: DoRA"
     if layer.trains_bias:

@@ -278,14 +278,15 @@ def test_the_report_counts_what_is_there():
     assert (quantised.layer, quantised.format, quantised.trainable) == ("QLoRALinear", "nf4", 128)
     scales = 16 + 4 + 4 * 256 + 4 + 4 * 16  # codes, their scale, map, offset, codebook
     assert quantised.bytes == 32 * 32 // 2 + scales + 4 * 32 + 4 * 128
-    assert quantised.mergeable == "no: 4-bit base" and quantised.vllm.startswith("yes, with")
+    assert quantised.mergeable == "by dtype or requantize"
+    assert quantised.vllm.startswith("yes, with")
     assert (dense.format, dense.mergeable) == ("float32", "exact")
     assert dense.bytes == 4 * (64 * 32 + 32 + 2 * (64 + 32))
     assert rows["layers.1.down_proj"].vllm == "no: a rank or alpha of its own"
     assert report.parameters == sum(p.numel() for p in toy().parameters()) + report.trainable
     text = str(report)
     assert "left out: typo: names no module" in text
-    assert "layers.0.q_proj" in text and "no: 4-bit base" in text and "train (" in text
+    assert "layers.0.q_proj" in text and "by dtype or requantize" in text and "train (" in text
 
 
 def test_the_table_says_once_what_holds_for_every_layer():

@@ -55,6 +55,10 @@ class LoraConfig:
         exclude_modules: name endings, or a regular expression, that are left alone.
         base: a format's name or a `Format` to quantise the base to; None keeps it as it is.
         block_size, nested: of the quantised base; int8, which has neither, ignores both.
+        merge_aware: the forward sees the merged weight as a quantised base stores it, so that
+            merging changes nothing; gradients go straight through the rounding. Takes a quantised
+            base, no dropout and no DoRA, and keeps a second packed weight. The adapter's file does
+            not tell: in a layer without it, the same A and B are another function.
 
     Raises:
         ValueError: a value out of range.
@@ -74,12 +78,20 @@ class LoraConfig:
     base: str | Format | None = None
     block_size: int = 64
     nested: bool = True
+    merge_aware: bool = False
 
     def __post_init__(self) -> None:
         for name, rank in [("r", self.r), *self.rank_pattern.items()]:
             if rank < 1:
                 raise ValueError(f"{name} must be at least 1, got {rank}")
         _check.probability("lora_dropout", self.lora_dropout)
+        if self.merge_aware and self.lora_dropout:
+            raise ValueError(
+                "lora_dropout must be 0 with merge_aware, where one weight meets all of x, "
+                f"got {self.lora_dropout}"
+            )
+        if self.merge_aware and self.use_dora:
+            raise ValueError("use_dora must be False with merge_aware, got True")
         self._check_start()
         if self.bias not in ("none", "lora_only"):
             raise ValueError(f"bias must be 'none' or 'lora_only', got {self.bias!r}")

@@ -123,10 +123,15 @@ def rescale(product: Tensor, magnitude: Tensor, norms: Tensor, bias: Tensor | No
     Where n = 0 the product is 0 as well, and so are the row's gain and gradients: such a row stays
     zero, where peft's is NaN.
     """
-    gain = magnitude * torch.where(norms > 0, 1 / norms, 0.0)
+    by = gain(magnitude, norms)
     if bias is None:
-        return (product * gain).to(product.dtype)
-    return torch.addcmul(bias.to(gain.dtype), product, gain).to(product.dtype)
+        return (product * by).to(product.dtype)
+    return torch.addcmul(bias.to(by.dtype), product, by).to(product.dtype)
+
+
+def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """m / n `[out]`; 0 where n = 0."""
+    return magnitude * torch.where(norms > 0, 1 / norms, 0.0)
 
 
 def _stored(weight: Tensor | QuantizedWeight) -> Tensor:

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkern.qlora import bnb, dora, init
+from peftkern.qlora import dora, init, merge_aware, merging
 from peftkern.qlora.config import SPLITTING, LoraConfig, quantized_base
 from peftkern.qlora.format import Format
+from peftkern.qlora.frozen import FrozenBase, base_of
 from peftkern.qlora.ops import linear
-from peftkern.qlora.weight import QuantizedWeight, stored_as
+from peftkern.qlora.weight import QuantizedWeight
 
 
-class QLoRALinear(nn.Module):
+class QLoRALinear(FrozenBase):
     """y = x W^T + bias + scaling * (D(x) A^T) B^T; W and bias are frozen, A and B train.
 
     With `use_dora` (Liu et al., 2024), m trains too and
@@ -31,7 +32,8 @@ class QLoRALinear(nn.Module):
 
     `state_dict` has the keys and bytes that bitsandbytes writes (`weight`, `weight.absmax`, …; for
     int8 `weight`, `SCB`, `weight_format`) or one dense `weight`, `bias`, `lora_A` and `lora_B`;
-    `lora_magnitude_vector` is m `[out]`, and `initial_A`, `initial_B` are A0, B0.
+    `lora_magnitude_vector` is m `[out]`, and `initial_A`, `initial_B` are A0, B0. Of a merged layer
+    it has the merged weight and `bias` alone, as the plain linear has them.
 
     Args:
         weight: `[out, in]`, quantised or dense. Its storage is shared, never copied or changed.
@@ -43,7 +45,7 @@ class QLoRALinear(nn.Module):
         `[..., in]` -> `[..., out]`, in the input's dtype.
 
     Raises:
-        ValueError: a start that this weight does not allow.
+        ValueError: a start that this weight does not allow; `merge_aware` on a dense weight.
     """
 
     initial_A: Tensor | None
@@ -56,18 +58,15 @@ class QLoRALinear(nn.Module):
         config: LoraConfig,
         factors: init.Factors | None = None,
     ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
+        if config.merge_aware and not isinstance(weight, QuantizedWeight):
+            raise ValueError(
+                f"merge_aware must have a quantised base, got {weight.dtype}, which merges as it is"
+            )
+        a, b = init.factors(weight, config) if factors is None else factors
+        super().__init__(weight, bias)
         self.r, self.lora_dropout = config.r, config.lora_dropout
         self.rescale(config)
-        a, b = init.factors(weight, config) if factors is None else factors
-        self._quantized: QuantizedWeight | None = None
-        if isinstance(weight, QuantizedWeight):
-            self.weight = _frozen(weight.packed)
-            self._quantized = weight.without_bytes()
-        else:
-            self.weight = _frozen(weight)
-        self.bias = None if bias is None else _frozen(bias)
+        self.merge_aware, self._requantized = config.merge_aware, merge_aware.Cache()
         self.trains_bias = self.bias is not None and config.bias == "lora_only"
         if self.bias is not None:
             self.bias.requires_grad_(self.trains_bias)
@@ -114,7 +113,7 @@ class QLoRALinear(nn.Module):
         """n of DoRA's equation, `[out]`, without a gradient."""
         parts = (self.lora_A, self.lora_B, self.initial_A, self.initial_B)
         made_of = [part for part in parts if part is not None]
-        return self._norms(self._base, *self.factors(), self.scaling, made_of)
+        return self._norms(self.base, *self.factors(), self.scaling, made_of)
 
     @classmethod
     def from_linear(
@@ -127,7 +126,7 @@ class QLoRALinear(nn.Module):
         nested: bool = True,
         **options: Any,
     ) -> QLoRALinear:
-        """A layer in the place of an `nn.Linear`, or of a quantised one of bitsandbytes.
+        """A layer in the place of an `nn.Linear` or of a linear of bitsandbytes.
 
         Args:
             linear: what it replaces; its weight and bias are shared where they need no quantising.
@@ -155,95 +154,56 @@ class QLoRALinear(nn.Module):
                 base = quantized_base(base, config)
         return cls(base, linear.bias, config, factors).train(linear.training)  # type: ignore[arg-type]
 
-    @property
-    def quantized_weight(self) -> QuantizedWeight | None:
-        """The base as its producer stores it; None for a dense base."""
-        # Made anew, and not kept: `fully_shard` puts other parameters in the place of `weight`,
-        # and frees only what nobody holds on to.
-        return None if self._quantized is None else self._quantized.with_bytes(self.weight)
-
-    @property
-    def _base(self) -> QuantizedWeight | Tensor:
-        return self.quantized_weight or self.weight
-
     def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            merging.refuse_training(self)
+            return linear(x, self.base, self.bias)
+        base, factors = self.base, self.factors()
+        if self.merge_aware:
+            assert isinstance(base, QuantizedWeight)
+            return merge_aware.linear(x, base, self.bias, *factors, self.scaling, self._requantized)
         dropout = self.lora_dropout if self.training else 0.0
-        a, b = self.factors()
         if self.lora_magnitude_vector is None:
-            return linear(x, self._base, self.bias, a, b, self.scaling, dropout)
-        product = linear(x, self._base, None, a, b, self.scaling, dropout)
+            return linear(x, base, self.bias, *factors, self.scaling, dropout)
+        product = linear(x, base, None, *factors, self.scaling, dropout)
         return dora.rescale(product, self.lora_magnitude_vector, self.row_norms(), self.bias)
 
+    def merge(self, dtype: torch.dtype | None = None, requantize: bool = False) -> None:
+        """As `peftkern.merge`, of this layer alone."""
+        merged = merging.merged("layer", self, dtype, requantize)
+        merging.warn({} if merged.loss is None else {"the layer": merged.loss})
+        merging.take(self, merged)
+
+    def unmerge(self) -> None:
+        """As `peftkern.unmerge`, of this layer alone."""
+        merging.give_back("layer", self)
+
+    @torch.no_grad()
+    def merged_rows(self, panel: Tensor, rows: slice) -> Tensor:
+        """What merging makes of these rows of the base, which come dense in float32 or float64."""
+        merged = merging.adding(*self.factors(), self.scaling)(panel, rows)
+        if self.lora_magnitude_vector is None:
+            return merged
+        gain = dora.gain(self.lora_magnitude_vector, self.row_norms())
+        return merged * gain[rows, None].to(merged.dtype)
+
     def _apply(self, fn: Any, recurse: bool = True) -> QLoRALinear:
-        """The scales follow the packed bytes from device to device, and all keep their dtype.
-
-        Bytes may be stored as floats, which `fn` would convert: it is shown them as bytes.
-        """
-        codes = None if self._quantized is None else self.weight
-
-        def bits_kept(tensor: Tensor) -> Tensor:
-            if tensor is not codes or not tensor.is_floating_point():
-                return fn(tensor)  # type: ignore[no-any-return]
-            return stored_as(fn(stored_as(tensor, torch.uint8)), tensor.dtype)
-
-        super()._apply(bits_kept, recurse)  # type: ignore[no-untyped-call]
-        if self._quantized is not None:
-            self._quantized = self._quantized.scales_to(self.weight.device)
         self._norms = dora.Norms()
-        return self
+        return super()._apply(fn, recurse)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if (weight := self.quantized_weight) is not None:
-            for name, tensor in bnb.statistics(weight).items():
-                destination[prefix + name] = tensor
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str],
-        unexpected: list[str], errors: list[str],
-    ) -> None:  # fmt: skip
-        """Takes bitsandbytes' keys too; the weight must be of this layer's format and shape."""
-        key, loaded = f"{prefix}weight", None
-        if self._quantized is not None and key in state_dict:
-            own = {k for k in state_dict if k.startswith(prefix)}
-            names = {k for k in own if bnb.is_statistic(k.removeprefix(prefix))}
-            statistics = {k.removeprefix(prefix): state_dict[k] for k in names}
-            others = {k: v for k, v in state_dict.items() if k not in names}
-            try:
-                loaded = bnb.loaded(self._quantized, state_dict[key], statistics)
-                state_dict = others | {key: loaded.packed}
-            except ValueError as error:  # bytes without their scales would be another weight
-                errors.append(f"{key}: {error}")
-                state_dict = others | {key: self.weight}
-        super()._load_from_state_dict(
-            state_dict, prefix, metadata, strict, missing, unexpected, errors
-        )
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
         self._norms = dora.Norms()
-        if loaded is not None:
-            self._quantized = loaded.scales_to(self.weight.device).without_bytes()
 
     def extra_repr(self) -> str:
         weight = self.quantized_weight
         base = weight.format.name if weight else "dense"
         if weight and weight.block_size:
             base += f", block_size={weight.block_size}"
+        flags = {"dora": self.use_dora, "merge_aware": self.merge_aware, "merged": self.merged}
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
             f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, base={base}, "
-            f"bias={self.bias is not None}" + ", dora=True" * self.use_dora
+            f"bias={self.bias is not None}"
+            + "".join(f", {name}=True" for name, on in flags.items() if on)
         )
-
-
-def base_of(linear: nn.Module) -> QuantizedWeight | Tensor:
-    """The weight of a linear as it is stored: quantised by bitsandbytes, or the very parameter."""
-    if bnb.is_quantized(linear):
-        return QuantizedWeight.from_bnb(linear)
-    return linear.weight  # type: ignore[return-value]
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    """The very parameter where it is one, so that tied weights stay tied."""
-    if isinstance(tensor, nn.Parameter) and type(tensor) is nn.Parameter:
-        tensor.requires_grad_(False)
-        return tensor
-    return nn.Parameter(tensor, requires_grad=False)
