@@ -24,7 +24,7 @@ from .timing import Calls
 
 # Below this a call costs more than its traffic, so a share would say nothing.
 SMALLEST_TRAFFIC = 1 << 20
-SMALLEST_FLOPS = 1 << 26
+SMALLEST_FLOPS = 1 << 27
 GEMM_SIZE = 1536
 
 _read = _native.define(

@@ -16,8 +16,6 @@ from .floors import Work
 from .machine import last_level_cache
 
 BLOCK_SIZE = 64
-# From here on a product is bound by its operations and not by its weight's bytes.
-MANY_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -41,12 +39,11 @@ class Case:
 
     def work(self, products: int = 1) -> Work:
         ends = self.inputs + self.outputs
-        if self.rows < MANY_ROWS:
-            adapter = 4 * self.rank * ends
-            read = self.packed_bytes + adapter + 4 * self.rows * self.inputs
-            return Work(read=read, written=4 * self.rows * self.outputs)
+        read = self.packed_bytes + 4 * self.rank * ends + 4 * self.rows * self.inputs
         base = 2 * self.rows * self.inputs * self.outputs
-        return Work(flops=products * base + 6 * self.rows * self.rank * ends)
+        adapter = 6 * self.rows * self.rank * ends
+        written = 4 * self.rows * self.outputs
+        return Work(products * read, products * written, products * base + adapter)
 
 
 def weights(case: Case, copies: int) -> list[tuple[Tensor, ...]]:

@@ -33,6 +33,8 @@ DECODE = (
     Case("mlp 14336 x 4096, 1 row", 14336, 4096, 1),
     Case("mlp 14336 x 4096, 1 row, beyond the cache", 14336, 4096, 1, beyond_cache=True),
 )
+# On both sides of where one way of multiplying gives place to the next.
+FEW = tuple(Case(f"attention 4096 x 4096, {m} rows", 4096, 4096, m) for m in (2, 4, 16, 32, 64, 96))
 PREFILL = (Case("attention 4096 x 4096, 512 rows", 4096, 4096, 512),)
 DECODE_LORA = (Case("attention 4096 x 4096, 1 row, r 16", 4096, 4096, 1, rank=16),)
 TRAIN = (
@@ -49,8 +51,9 @@ INT8_ROWS = tuple(
 )
 STORE = (Case("4096 x 4096", 4096, 4096, 1),)
 
-BOUND_BY_MEMORY = (
-    "peftkern", "torch dense", "bitsandbytes, repacked", "onnxruntime MatMulNBits",
+SHORT_LIST = (
+    "peftkern", "torch dense", "bitsandbytes, fresh", "bitsandbytes, repacked",
+    "onnxruntime MatMulNBits",
 )  # fmt: skip
 
 INT8 = "activations in int8, weights on a uniform 4-bit grid"
@@ -114,8 +117,8 @@ def input_gradient(build: Callable[..., Callable[[Tensor], Tensor]]) -> Callable
 
 
 def decode(quick: bool) -> Iterator[Row]:
-    """Copies beyond the cache would fill the memory for every contender, so that case has those
-    that are bound by memory; the others stand in the case before it.
+    """Copies beyond the cache would fill the memory for every contender: that case has the short
+    list, and so have those that differ from their neighbours in the number of rows alone.
     """
     contenders = {
         "peftkern": Contender(ours),
@@ -126,10 +129,10 @@ def decode(quick: bool) -> Iterator[Row]:
         "onnxruntime MatMulBnb4": Contender(peers.onnxruntime_bnb4),
         "onnxruntime MatMulNBits": Contender(peers.onnxruntime_nbits, INT8, 2e-1),
     }
-    for case in (*DECODE, *PREFILL):
+    for case in (*DECODE, *FEW, *PREFILL):
         some = contenders
-        if case.beyond_cache:
-            some = {name: contenders[name] for name in BOUND_BY_MEMORY}
+        if case.beyond_cache or case in FEW:
+            some = {name: contenders[name] for name in SHORT_LIST}
         yield from measure(
             "qlora", "linear", case.name, some, sets(case, quick, (case.rows, case.inputs)),
             lambda weight, x: plain(x, weight), baseline="peftkern", work=case.work(), quick=quick,

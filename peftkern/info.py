@@ -26,7 +26,7 @@ class Info:
         devices: the CPU's threads, and every GPU by name.
         isa: the instruction set that the CPU kernels use, "none" without a compiled library.
         available_isas: those that build and CPU both have.
-        kernels: for every op and device, "C++" or "reference" (plain torch).
+        kernels: for every op and device, "C++", "Triton" or "reference" (plain torch).
     """
 
     version: str

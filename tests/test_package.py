@@ -4,12 +4,15 @@ import ast
 import inspect
 import subprocess
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 import peftkern
+from peftkern import _native
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("transformers", "peft", "bitsandbytes", "matplotlib", "triton", "rich", "gguf")
@@ -126,3 +129,16 @@ def test_info_tells_what_serves_what():
         assert any(line.startswith(begin) for line in lines), begin
     for begin in (*info.kernels, *info.devices):
         assert any(line.split()[:1] == [begin] for line in lines), begin
+
+
+def test_an_op_without_a_kernel_runs_its_reference_and_says_so_once(monkeypatch):
+    monkeypatch.setattr(_native, "_warned", set())
+    run = _native._announced("some_op", lambda x: x + 1)
+    with pytest.raises(NotImplementedError, match="some_op has no kernel for cpu in this build"):
+        run(torch.ones(1))
+    monkeypatch.delenv("PEFTKERN_STRICT")
+    with pytest.warns(UserWarning, match="some_op has no kernel for cpu"):
+        assert run(torch.ones(1)) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(torch.ones(1)) == 2

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from samples import FORMATS, sample
 
 from peftkern import qlora
-from peftkern.qlora import reference
+from peftkern.qlora import fallback, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SIZES = st.integers(1, 70)
@@ -89,17 +89,53 @@ def test_gradients_lose_no_more_than_plain_torch(isa, rows, columns, inputs, dty
         )  # fmt: skip
 
 
-def test_only_what_is_asked_for_is_computed(isa):
+def backward_arguments(experts, mixed, dense):
+    """Operands of the raw backward op, all but `needs`."""
+    inputs, rank = 7, 2
+    x, weight, *parameters = sample(3, 10, inputs, rank, torch.float64, 16, experts=experts)
+    base, layout = weight.buffers, weight.layout
+    if dense:
+        base, layout = [weight.dequantize(torch.float64)], [experts or 1, 3, 10, 0, 0]
+    offsets = torch.tensor([i * inputs // experts for i in range(experts + 1)]) if experts else None
+    adapter = torch.arange(inputs, dtype=torch.int32) % (experts + 1) - 1 if mixed else None
+    rest = [base, layout, *parameters, 1.5, 0.3, torch.tensor([9]), offsets, adapter]
+    _, down = torch.ops.peftkern.qlora_linear(x, *rest)
+    return [torch.randn(inputs, 3, dtype=torch.float64), x, down, *rest]
+
+
+CASES = [(0, False), (2, False), (2, True)]
+
+
+@pytest.mark.parametrize("backward", [torch.ops.peftkern.qlora_linear_bwd, fallback.linear_bwd])
+def test_only_what_is_asked_for_is_computed(backward):
+    grad, x, *rest = backward_arguments(0, False, dense=True)
+    full = backward(grad, x, *rest, [True] * 5)
+    for needs in itertools.product([False, True], repeat=5):
+        read = x if needs[1] or needs[3] else None  # by the gradients of weight and lora_a alone
+        found = backward(grad, read, *rest, list(needs))
+        wanted = [grad for grad, need in zip(full, needs, strict=True) if need]
+        assert len(found) == len(wanted)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(("experts", "mixed"), CASES)
+def test_the_fallback_computes_the_same_gradients(experts, mixed, dense):
+    arguments = backward_arguments(experts, mixed, dense)
+    needs = [True, dense, True, True, True]
+    found = fallback.linear_bwd(*arguments, needs)
+    wanted = torch.ops.peftkern.qlora_linear_bwd(*arguments, needs)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_frozen_linear_keeps_no_activations():
     x, weight, bias, lora_a, lora_b = sample(8, 32, 4, 2)
-    leaves = [x, bias, lora_a, lora_b]
-    for wanted in itertools.product([False, True], repeat=4):
-        if not any(wanted):
-            continue
-        for leaf, want in zip(leaves, wanted, strict=True):
-            leaf.requires_grad_(want)
-            leaf.grad = None
-        qlora.linear(x, weight, bias, lora_a, lora_b).sum().backward()
-        assert [leaf.grad is not None for leaf in leaves] == list(wanted)
+    x.requires_grad_()
+    assert all(t is None or t is not x for t in qlora.linear(x, weight).grad_fn.saved_tensors)
+    lora_a.requires_grad_()
+    kept = qlora.linear(x, weight, bias, lora_a, lora_b).grad_fn.saved_tensors
+    assert any(t is x for t in kept)
 
 
 def test_a_second_derivative_is_refused():

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from close import assert_as_good
 from samples import FORMATS, sample
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftkern import QLoRALinear, qlora
+from peftkern.qlora import reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -105,12 +107,13 @@ def test_two_runs_give_the_same_bits(isa, inputs):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_how_rows_are_split_does_not_change_few_rows(isa, format):
-    x, weight, *_ = sample(40, 128, 9, 2, format=format)
-    whole = qlora.linear(x, weight)
-    for cut in range(1, 9):
+def test_how_rows_are_split_changes_roundings_at_most(isa, format):
+    """Past a number of rows another kernel takes over; within one not a bit changes (test.cpp)."""
+    x, weight, *_ = sample(40, 128, 70, 2, format=format)
+    dense = weight.dequantize()
+    for cut in (1, 2, 3, 5, 33, 64, 69):
         parts = torch.cat([qlora.linear(x[:cut], weight), qlora.linear(x[cut:], weight)])
-        assert torch.equal(whole, parts)
+        assert_as_good(parts, reference.linear, x, dense)
 
 
 # Is it cheap to call?

@@ -35,6 +35,8 @@ from peftkern import _native, qlora
         ({"dropout": -0.1}, ValueError, "dropout must be between 0 and 1"),
         ({"dropout": 0.5, "seed": torch.ones(1)}, TypeError, "seed must be int64"),
         ({"dropout": 0.5, "seed": torch.ones(2).long()}, ValueError, r"seed must have shape \[1\]"),
+        ({"dropout": 0.5, "seed": 3.7}, TypeError, "seed must be an int64 tensor or an int"),
+        ({"dropout": 0.5, "seed": 2**63}, ValueError, "seed must fit into 64 bits"),
     ],
 )
 def test_linear_refuses(change, error, match):
@@ -56,6 +58,12 @@ def test_linear_refuses(change, error, match):
         ({"adapter": torch.tensor([0, 0, 2]).int()}, IndexError, r"adapter must lie in \[-1, 2\)"),
         ({"adapter": torch.tensor([0, 0, -2]).int()}, IndexError, "got -2 to 0"),
         ({"adapter": torch.tensor([0, 0, 1])}, TypeError, "adapter must be int32"),
+        ({"adapter": torch.zeros(3, 2).int()[:, 0]}, ValueError, "adapter must be contiguous"),
+        (
+            {"offsets": torch.tensor([[0, 0], [1, 0], [3, 0]])[:, 0]},
+            ValueError,
+            "offsets must be con",
+        ),
         ({"lora_a": torch.ones(3, 2, 32), "lora_b": torch.ones(3, 8, 2)}, ValueError, "2 experts"),
     ],
 )
@@ -91,18 +99,29 @@ def test_a_raw_op_cannot_leave_its_memory():
     x, weight, bias, lora_a, lora_b = sample(8, 32, 3, 2)
     op, buffers, layout = torch.ops.peftkern.qlora_linear, weight.buffers, weight.layout
     rest = [0.5, 0.0, None, None, None]
-    for bad in (
-        (x[:, :31].contiguous(), buffers, layout, bias, lora_a, lora_b, *rest),
-        (x.t(), buffers, layout, bias, lora_a, lora_b, *rest),
-        (x, buffers, [1, 9, 32, 64, 4], bias, lora_a, lora_b, *rest),
-        (x, buffers[:1], layout, bias, lora_a, lora_b, *rest),
-        (x, buffers, layout, bias[:7], lora_a, lora_b, *rest),
-        (x, buffers, layout, bias, lora_a, lora_b[:7], *rest),
-        (x, buffers, layout, bias, lora_a, None, *rest),
-        (x, buffers, layout, bias, lora_a, lora_b, 0.5, 0.5, None, None, None),
-        (x, buffers, layout, bias, lora_a, lora_b, *rest[:3], torch.tensor([0, 9]), None),
+    strided = torch.empty(32, 3).t()
+    short = torch.tensor([0, 9])
+    for words, *bad in (
+        (
+            "x must have 96 elements",
+            x[:, :31].contiguous(),
+            buffers,
+            layout,
+            bias,
+            lora_a,
+            lora_b,
+            *rest,
+        ),
+        ("x must be contiguous", strided, buffers, layout, bias, lora_a, lora_b, *rest),
+        ("packed must have", x, buffers, [1, 9, 32, 64, 4], bias, lora_a, lora_b, *rest),
+        ("weight must be one dense", x, buffers[:1], layout, bias, lora_a, lora_b, *rest),
+        ("bias must have 8", x, buffers, layout, bias[:7], lora_a, lora_b, *rest),
+        ("lora_b must have 16", x, buffers, layout, bias, lora_a, lora_b[:7], *rest),
+        ("lora_b must come with", x, buffers, layout, bias, lora_a, None, *rest),
+        ("come with a seed", x, buffers, layout, bias, lora_a, lora_b, 0.5, 0.5, None, None, None),
+        ("offsets must span", x, buffers, layout, bias, lora_a, lora_b, *rest[:3], short, None),
     ):
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match=words):
             op(*bad)
     eight = qlora.quantize(torch.ones(8, 32), "int8")
     codes, scales = eight.buffers

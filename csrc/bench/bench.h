@@ -6,6 +6,8 @@
 #pragma once
 #include <cstdint>
 
+#include "common/isa.h"
+
 namespace peftkern::bench {
 
 // Read as float32 this is 0.747: no slow denormals for whoever computes with the buffer afterwards.
@@ -16,16 +18,6 @@ struct Table {
   void (*write)(uint64_t* buffer, int64_t words);
 };
 
-#if defined(__x86_64__)
-namespace avx2 {
-extern const Table table;
-}
-namespace avx512 {
-extern const Table table;
-}
-#endif
-namespace baseline {
-extern const Table table;
-}
+PEFTKERN_DECLARE(Table, table)
 
 }  // namespace peftkern::bench

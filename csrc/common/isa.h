@@ -33,12 +33,27 @@ inline std::atomic<Isa>& current_isa() {
 
 }  // namespace peftkern
 
-// Picks the kernel table of the instruction set in use, out of one namespace each.
+// Declares a family's kernel table, one in each instruction set's namespace; and picks the one of
+// the instruction set in use.
 #if defined(__x86_64__)
+#define PEFTKERN_DECLARE(Type, table) \
+  namespace avx2 {                    \
+  extern const Type table;            \
+  }                                   \
+  namespace avx512 {                  \
+  extern const Type table;            \
+  }                                   \
+  namespace baseline {                \
+  extern const Type table;            \
+  }
 #define PEFTKERN_SELECT(table)                                      \
   (peftkern::current_isa() >= peftkern::Isa::avx512 ? avx512::table \
    : peftkern::current_isa() == peftkern::Isa::avx2 ? avx2::table   \
                                                     : baseline::table)
 #else
+#define PEFTKERN_DECLARE(Type, table) \
+  namespace baseline {                \
+  extern const Type table;            \
+  }
 #define PEFTKERN_SELECT(table) baseline::table
 #endif

@@ -26,6 +26,7 @@ inline constexpr int W = 8;
 #endif
 typedef float F __attribute__((vector_size(4 * W)));
 typedef uint32_t U __attribute__((vector_size(4 * W)));
+typedef int32_t I __attribute__((vector_size(4 * W)));
 typedef uint64_t U64 __attribute__((vector_size(4 * W)));  // W / 2 lanes
 
 PEFTKERN_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }

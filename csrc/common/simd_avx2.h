@@ -21,6 +21,9 @@ PEFTKERN_INLINE U load_first(const uint32_t* from, int64_t n) {
   return U(_mm256_maskload_epi32(reinterpret_cast<const int*>(from), first(n)));
 }
 PEFTKERN_INLINE F permute(F v, U index) { return _mm256_permutevar8x32_ps(v, __m256i(index)); }
+PEFTKERN_INLINE U load_bytes(const uint8_t* from) {
+  return U(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
 PEFTKERN_INLINE F gather(const float* table, const uint8_t* bytes) {
   const __m128i index = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
   return _mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(index), 4);

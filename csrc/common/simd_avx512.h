@@ -15,6 +15,10 @@ PEFTKERN_INLINE U load_first(const uint32_t* from, int64_t n) {
   return n >= W ? load_bits<U>(from) : U(_mm512_maskz_loadu_epi32(first(n), from));
 }
 PEFTKERN_INLINE F permute(F v, U index) { return _mm512_permutexvar_ps(__m512i(index), v); }
+// W bytes, one to a lane.
+PEFTKERN_INLINE U load_bytes(const uint8_t* from) {
+  return U(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
 // table[byte] for W bytes.
 PEFTKERN_INLINE F gather(const float* table, const uint8_t* bytes) {
   const __m128i index = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));

@@ -25,6 +25,11 @@ PEFTKERN_INLINE F permute(F v, U index) {
   for (int i = 0; i < W; ++i) out[i] = v[index[i] & (W - 1)];
   return out;
 }
+PEFTKERN_INLINE U load_bytes(const uint8_t* from) {
+  U v;
+  for (int i = 0; i < W; ++i) v[i] = from[i];
+  return v;
+}
 PEFTKERN_INLINE F gather(const float* table, const uint8_t* bytes) {
   F v;
   for (int i = 0; i < W; ++i) v[i] = table[bytes[i]];

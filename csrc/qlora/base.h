@@ -9,6 +9,9 @@ namespace peftkern::qlora {
 // nothing.
 inline constexpr int64_t kPanelBytes = int64_t{16} << 20;
 
+// Of W, what is cut into panels.
+enum class Side { rows, columns };
+
 inline bool is_block_size(int64_t block) { return block >= 16 && (block & (block - 1)) == 0; }
 
 class Base {
@@ -53,22 +56,38 @@ class Base {
     return bf16 ? ScalarType::BFloat16 : sums;
   }
 
-  // Parts of rows are narrow, and often a power of two: so far apart, they would fall into the same
-  // few places of a cache.
-  int64_t panel_stride(int64_t width) const { return width == columns ? width : width + 16; }
+  // How wide the panels are that W is cut into, in this dtype: the whole of it where nothing has to
+  // be decoded or converted.
+  int64_t panel_width(Side side, ScalarType dtype) const {
+    const int64_t width = side == Side::rows ? rows : columns;
+    const int64_t length = side == Side::rows ? columns : rows;
+    if (lies_as(dtype)) return width;
+    const int64_t fits = kPanelBytes / std::max<int64_t>(1, length * size_of(dtype)) / 64 * 64;
+    return std::min(width, std::max<int64_t>(64, fits));
+  }
 
-  // W[expert, row_begin:row_end, column_begin:column_end] in this dtype; `memory` is used where it
-  // does not lie there as such.
-  Matrix panel(int64_t expert, int64_t row_begin, int64_t row_end, int64_t column_begin,
-               int64_t column_end, ScalarType dtype, void* memory) const {
+  // Panel [begin, end) as the right operand of a product that sums over the other side: W^T where
+  // rows are cut, W where columns are.
+  Matrix panel(int64_t expert, Side side, int64_t begin, int64_t end, ScalarType dtype,
+               Scratch& scratch) const {
+    if (side == Side::columns) return part(expert, 0, rows, begin, end, dtype, scratch);
+    return part(expert, begin, end, 0, columns, dtype, scratch).transposed();
+  }
+
+ private:
+  bool lies_as(ScalarType dtype) const { return is_dense() && weight_[0].scalar_type() == dtype; }
+
+  Matrix part(int64_t expert, int64_t row_begin, int64_t row_end, int64_t column_begin,
+              int64_t column_end, ScalarType dtype, Scratch& scratch) const {
     const int64_t height = row_end - row_begin, width = column_end - column_begin;
-    const Matrix out{static_cast<char*>(memory), dtype, height, width, panel_stride(width)};
+    if (lies_as(dtype)) return dense_part(expert, row_begin, row_end, column_begin, column_end);
+    // Parts of rows are narrow, and often a power of two: so far apart, they would fall into the
+    // same few places of a cache.
+    const int64_t stride = width == columns ? width : width + 16;
+    void* memory = scratch.take_bytes(height * stride * size_of(dtype));
+    const Matrix out{static_cast<char*>(memory), dtype, height, width, stride};
     if (is_dense()) {
-      const Matrix all = Matrix::of(weight_[0], experts * rows, columns);
-      const Matrix part =
-          all.part(expert * rows + row_begin, expert * rows + row_end, column_begin, column_end);
-      if (part.dtype == dtype) return part;
-      convert(part, out);
+      convert(dense_part(expert, row_begin, row_end, column_begin, column_end), out);
       return out;
     }
     with_kernels(dtype, [&](const auto& typed, auto* type) {
@@ -77,14 +96,19 @@ class Base {
         for (int64_t row = begin; row < end; ++row) {
           const int64_t first = (expert * rows + row_begin + row) * columns;
           typed.dequantize(codes, first + column_begin, first + column_end, false,
-                           to + row * out.row_stride);
+                           to + row * stride);
         }
       });
     });
     return out;
   }
 
- private:
+  Matrix dense_part(int64_t expert, int64_t row_begin, int64_t row_end, int64_t column_begin,
+                    int64_t column_end) const {
+    return Matrix::of(weight_[0], experts * rows, columns)
+        .part(expert * rows + row_begin, expert * rows + row_end, column_begin, column_end);
+  }
+
   void take_nibbles(int64_t block, int64_t count) {
     STD_TORCH_CHECK(is_block_size(block), "block_size must be a power of two");
     const int64_t blocks = (count + block - 1) / block;
@@ -121,7 +145,7 @@ class Base {
     return static_cast<const T*>(weight_[i].const_data_ptr());
   }
 
-  const std::vector<Tensor>& weight_;
+  std::vector<Tensor> weight_;
 };
 
 }  // namespace peftkern::qlora

@@ -3,6 +3,7 @@
 #include "qlora/elementwise.h"
 #include "qlora/few_rows.h"
 #include "qlora/low_rank.h"
+#include "qlora/tiles.h"
 
 namespace peftkern::qlora::PEFTKERN_ISA {
 
@@ -10,9 +11,10 @@ template <typename T>
 constexpr TypedKernels<T> typed{quantize<T>, quantize_rows<T>, dequantize<T>,
                                 dropout<T>,  to_float<T>,      from_float<T>};
 
-extern const Kernels kernels{typed<float>,          typed<double>,  typed<peftkern::bf16>,
-                             typed<peftkern::fp16>, laid_out_width, lay_out,
-                             serves_few_rows,       few_rows,       {product, dots},
+extern const Kernels kernels{typed<float>,          typed<double>, typed<peftkern::bf16>,
+                             typed<peftkern::fp16>, lay_out,       laid_out_width,
+                             serves_few_rows,       few_rows,      tiles,
+                             kMostFewRows,          kMostTiles,    {product, dots},
                              {product, dots}};
 
 }  // namespace peftkern::qlora::PEFTKERN_ISA

@@ -42,17 +42,21 @@ struct Problem {
   Dropout dropout;
   std::vector<Run> runs;  // in the order of the rows
 
-  Problem(const Tensor& x_tensor, const std::vector<Tensor>& weight,
+  // `like` has x's rows and dtype: x itself, or the gradient of y where x is not needed.
+  Problem(const MaybeTensor& x_tensor, const Tensor& like, const std::vector<Tensor>& weight,
           const std::vector<int64_t>& layout, const MaybeTensor& bias, const MaybeTensor& lora_a,
           const MaybeTensor& lora_b, double scale, double p, const MaybeTensor& seed,
           const MaybeTensor& offsets, const MaybeTensor& adapter)
       : base(weight, layout), x{}, bias(bias), lora_a(lora_a), lora_b(lora_b), scale(scale) {
-    check_dense(x_tensor, "x");
-    STD_TORCH_CHECK(x_tensor.dim() > 0 && x_tensor.size(-1) == base.columns,
-                    "x must have shape [..., ", base.columns, "]");
+    STD_TORCH_CHECK(like.dim() > 0, "x must have at least one axis");
     int64_t inputs = 1;
-    for (int64_t d = 0; d + 1 < x_tensor.dim(); ++d) inputs *= x_tensor.size(d);
-    x = Matrix::of(x_tensor, inputs, base.columns);
+    for (int64_t d = 0; d + 1 < like.dim(); ++d) inputs *= like.size(d);
+    x = Matrix::dense(nullptr, like.scalar_type(), inputs, base.columns);
+    if (x_tensor) {
+      check_count(*x_tensor, "x", inputs * base.columns);
+      check_dtype(*x_tensor, "x", x.dtype);
+      x = Matrix::of(*x_tensor, inputs, base.columns);
+    }
     sums = x.dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     product = base.product_dtype(x.dtype, sums);
     if (bias) check_count(*bias, "bias", base.experts * base.rows);

@@ -23,6 +23,8 @@
 namespace peftkern::qlora {
 
 inline constexpr int64_t kNestedBlock = 256;
+// Rows of x that meet a decoded weight together; their vectors lie in turn.
+inline constexpr int64_t kGroup = 4;
 
 struct Weight {
   const uint8_t* packed;       // [ceil(count / 2)]; int8 [count] for 8 bits
@@ -47,7 +49,7 @@ struct Rounding {
 
 // y[m, n] = sum_k x[m, k] W[n, k] + sum_j down[m, j] lora_b[n, j] + bias[n]
 struct FewRows {
-  const float* x;       // what `lay_out` wrote, [inputs, laid_out_width(columns)]
+  const float* x;       // what `lay_out` wrote, by groups of kGroup rows and the rest
   const float* down;    // [inputs, rank], the scale included
   const float* lora_b;  // [rows, rank], or null
   const float* bias;    // [rows], or null
@@ -113,28 +115,22 @@ struct Kernels {
   TypedKernels<double> f64;
   TypedKernels<peftkern::bf16> bf16;
   TypedKernels<peftkern::fp16> fp16;
-  // Room for one row of x in the order in which few_rows meets this weight's codes.
+  // A group of rows of x in the order in which few_rows and tiles meet this weight's codes; the
+  // room each row takes.
+  void (*lay_out)(const Weight& weight, const float* x, int64_t group, float* out);
   int64_t (*laid_out_width)(int64_t columns);
-  void (*lay_out)(const Weight& weight, const float* x, float* out);
-  // Whether few_rows can read this weight: rows of whole blocks, some and not too many.
+  // Whether few_rows and tiles can read this weight: rows of whole blocks, some and not too many.
   bool (*serves_few_rows)(const Weight& weight);
-  // Rows [begin, end) of W, straight from the packed bytes.
+  // Rows [begin, end) of W, decoded in registers; or into the first-level cache, a tile at a time.
   void (*few_rows)(const Weight& weight, const FewRows& io, int64_t begin, int64_t end);
+  void (*tiles)(const Weight& weight, const FewRows& io, int64_t begin, int64_t end);
+  // The most rows of x for which each is the fastest, as measured; above both, panels are.
+  int64_t most_few_rows, most_tiles;
   SumKernels<float> sums_f32;
   SumKernels<double> sums_f64;
 };
 
-#if defined(__x86_64__)
-namespace avx2 {
-extern const Kernels kernels;
-}
-namespace avx512 {
-extern const Kernels kernels;
-}
-#endif
-namespace baseline {
-extern const Kernels kernels;
-}
+PEFTKERN_DECLARE(Kernels, kernels)
 
 inline const Kernels& kernels() { return PEFTKERN_SELECT(kernels); }
 

@@ -1,4 +1,5 @@
 // qlora's kernels without torch: values that a reader can check, and every split the same bits.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -96,6 +97,28 @@ void any_range_dequantizes_alike(const Stored& q) {
   }
 }
 
+void bf16_is_the_float_rounded(Stored& q) {
+  const float scales[] = {3e38f, INFINITY, NAN, 1e-39f, -0.0f};
+  for (size_t i = 0; i < 5; ++i) q.absmax[i] = scales[i];
+  const std::vector<float> values = dense(q.weight);
+  std::vector<peftkern::bf16> whole(values.size()), rounded(values.size());
+  kernels().bf16.dequantize(q.weight, 0, 7 * 96, false, whole.data());
+  kernels().bf16.from_float(values.data(), 7 * 96, rounded.data());
+  EXPECT(std::memcmp(whole.data(), rounded.data(), 2 * whole.size()) == 0);
+  for (int64_t begin : {1, 16, 33, 95}) {
+    std::vector<peftkern::bf16> part(static_cast<size_t>(200));
+    kernels().bf16.dequantize(q.weight, begin, begin + 200, false, part.data());
+    EXPECT(std::memcmp(part.data(), whole.data() + begin, 400) == 0);
+  }
+}
+
+void any_weight_in_bf16_is_the_float_rounded() {
+  Nibbles nibbles(numbers(7 * 96), 7, 96, 32);
+  bf16_is_the_float_rounded(nibbles);
+  Bytes bytes(numbers(7 * 96), 7, 96);
+  bf16_is_the_float_rounded(bytes);
+}
+
 void any_range_of_any_weight_dequantizes_alike() {
   any_range_dequantizes_alike(Nibbles(numbers(7 * 37), 7, 37, 32));
   any_range_dequantizes_alike(Bytes(numbers(7 * 37), 7, 37));
@@ -118,25 +141,28 @@ void nested_scales_are_a_product_and_a_sum() {
   EXPECT(out[0] == 8 * values[0] && out[31] == 8 * values[1]);
 }
 
-std::vector<float> few(const Stored& q, const std::vector<float>& x, int64_t inputs,
-                       int64_t pieces) {
+using FewKernel = void (*)(const Weight&, const FewRows&, int64_t, int64_t);
+
+std::vector<float> few(FewKernel kernel, const Stored& q, const std::vector<float>& x,
+                       int64_t inputs, int64_t pieces) {
   const int64_t columns = q.weight.columns, width = kernels().laid_out_width(columns);
   std::vector<float> laid(static_cast<size_t>(inputs * width));
-  for (int64_t m = 0; m < inputs; ++m) {
-    kernels().lay_out(q.weight, x.data() + m * columns, laid.data() + m * width);
+  for (int64_t m = 0; m < inputs; m += kGroup) {
+    kernels().lay_out(q.weight, x.data() + m * columns, std::min(kGroup, inputs - m),
+                      laid.data() + m * width);
   }
   std::vector<float> y(static_cast<size_t>(inputs * q.weight.rows), NAN);
   const FewRows io{laid.data(), nullptr, nullptr, nullptr, y.data(), inputs, 0};
   for (int64_t i = 0; i < pieces; ++i) {
-    kernels().few_rows(q.weight, io, q.weight.rows * i / pieces, q.weight.rows * (i + 1) / pieces);
+    kernel(q.weight, io, q.weight.rows * i / pieces, q.weight.rows * (i + 1) / pieces);
   }
   return y;
 }
 
-void few_rows_are_the_product_with_the_dense_weight(const Stored& q) {
-  const int64_t rows = q.weight.rows, columns = q.weight.columns, inputs = 7;
+void is_the_product_with_the_dense_weight(FewKernel kernel, const Stored& q, int64_t inputs) {
+  const int64_t rows = q.weight.rows, columns = q.weight.columns;
   const std::vector<float> x = numbers(inputs * columns, 2), w = dense(q.weight);
-  const std::vector<float> y = few(q, x, inputs, 1);
+  const std::vector<float> y = few(kernel, q, x, inputs, 1);
   for (int64_t m = 0; m < inputs; ++m) {
     for (int64_t n = 0; n < rows; ++n) {
       double sum = 0, size = 0;
@@ -147,21 +173,40 @@ void few_rows_are_the_product_with_the_dense_weight(const Stored& q) {
       EXPECT(std::fabs(y[m * rows + n] - sum) <= 1e-6 * size);
     }
   }
-  EXPECT(few(q, x, inputs, 3) == y);
-  EXPECT(few(q, x, inputs, 19) == y);
+  EXPECT(few(kernel, q, x, inputs, 3) == y);
+  EXPECT(few(kernel, q, x, inputs, 19) == y);
+  // Nor does a row of x depend on those beside it.
+  const int64_t cut = inputs / 2;
+  std::vector<float> parts = few(kernel, q, x, cut, 1);
+  const std::vector<float> rest =
+      few(kernel, q, {x.begin() + cut * columns, x.end()}, inputs - cut, 1);
+  parts.insert(parts.end(), rest.begin(), rest.end());
+  EXPECT(parts == y);
 }
 
-void few_rows_are_the_product_with_nibbles_and_bytes() {
+void is_the_product_with_nibbles_and_bytes(FewKernel kernel, int64_t inputs) {
   const int64_t rows = 19;
   for (int64_t block : {16, 32, 64, 128, 256, 512}) {
     const Nibbles q(numbers(rows * block * 3), rows, block * 3, block);
-    if (kernels().serves_few_rows(q.weight)) few_rows_are_the_product_with_the_dense_weight(q);
+    if (kernels().serves_few_rows(q.weight)) {
+      is_the_product_with_the_dense_weight(kernel, q, inputs);
+    }
   }
-  for (int64_t columns : {1, 7, 64, 65, 127, 128, 129, 300}) {
+  for (int64_t columns : {1, 7, 64, 65, 127, 128, 129, 300, 1500}) {
     const Bytes q(numbers(rows * columns), rows, columns);
     EXPECT(kernels().serves_few_rows(q.weight));
-    few_rows_are_the_product_with_the_dense_weight(q);
+    is_the_product_with_the_dense_weight(kernel, q, inputs);
   }
+}
+
+void few_rows_are_the_product_with_nibbles_and_bytes() {
+  for (int64_t inputs : {1, 2, 7}) {
+    is_the_product_with_nibbles_and_bytes(kernels().few_rows, inputs);
+  }
+}
+
+void tiles_are_the_product_with_nibbles_and_bytes() {
+  for (int64_t inputs : {1, 6, 70}) is_the_product_with_nibbles_and_bytes(kernels().tiles, inputs);
 }
 
 void dropout_depends_on_the_place_alone() {
@@ -241,8 +286,10 @@ int main() {
     RUN(a_nan_spoils_its_own_block_alone);
     RUN(rows_may_be_split_to_quantize_bytes);
     RUN(any_range_of_any_weight_dequantizes_alike);
+    RUN(any_weight_in_bf16_is_the_float_rounded);
     RUN(nested_scales_are_a_product_and_a_sum);
     RUN(few_rows_are_the_product_with_nibbles_and_bytes);
+    RUN(tiles_are_the_product_with_nibbles_and_bytes);
     RUN(dropout_depends_on_the_place_alone);
     RUN(product_and_dots_are_matrix_products);
     RUN(a_long_sum_is_a_sum_of_short_ones);

@@ -1,4 +1,4 @@
-// The binding of quantize and dequantize, and the choice of the instruction set.
+// The binding of quantize and dequantize.
 #include "qlora/base.h"
 
 namespace peftkern::qlora {
@@ -15,6 +15,7 @@ std::tuple<Tensor, Tensor> quantize_blocks(const Tensor& weight, const std::vect
   const int64_t count = weight.numel(), blocks = (count + block - 1) / block;
   Tensor packed = empty({(count + 1) / 2, 1}, ScalarType::Byte);
   Tensor absmax = empty({blocks}, ScalarType::Float);
+  ask_for_huge_pages(packed.mutable_data_ptr(), packed.numel());
   const Rounding rounding{tables[0].const_data_ptr<float>(), tables[1].const_data_ptr<uint8_t>()};
   with_kernels(weight.scalar_type(), [&](const auto& typed, auto* type) {
     const auto* from = static_cast<decltype(type)>(const_cast<void*>(weight.const_data_ptr()));
@@ -69,25 +70,9 @@ void dequantize(std::vector<Tensor> weight, std::vector<int64_t> layout, Tensor 
   });
 }
 
-int64_t isa() { return static_cast<int64_t>(current_isa().load()); }
-int64_t best() { return static_cast<int64_t>(best_isa()); }
-void use_isa(int64_t isa) {
-  STD_TORCH_CHECK(isa >= 0 && isa <= best(), "this CPU lacks the instruction set asked for");
-  current_isa() = static_cast<Isa>(isa);
-}
-
-void set_poison(bool on) { poison() = on; }
-
 PEFTKERN_OPS(CPU, m) {
   m.impl("qlora_quantize", TORCH_BOX(&quantize));
   m.impl("qlora_dequantize", TORCH_BOX(&dequantize));
-}
-
-PEFTKERN_OPS(CompositeExplicitAutograd, m) {
-  m.impl("isa", TORCH_BOX(&isa));
-  m.impl("best_isa", TORCH_BOX(&best));
-  m.impl("poison", TORCH_BOX(&set_poison));
-  m.impl("use_isa", TORCH_BOX(&use_isa));
 }
 
 }  // namespace peftkern::qlora

@@ -1,13 +1,22 @@
 // The binding of linear: y = x W^T + bias + scale * (D(x) A^T) B^T, group by group.
+#include "qlora/few_rows_jobs.h"
+#include "qlora/forward.h"
+#include "qlora/panels.h"
 #include "qlora/small_products.h"
 
 namespace peftkern::qlora {
 namespace {
 
-// Up to here the packed bytes are read once and nothing is decoded into memory; above, panels of
-// decoded weights meet the library's product. At 4096 x 4096 on two AVX-512 cores: 3.4 ms for 16
-// rows, 5.7 ms for 17 and 7.0 ms for 32 by panels.
-constexpr int64_t kFewRows = 16;
+// In bf16, tiles still multiply in float: at 4096 x 4096, 16 rows take 2.1 ms so and 2.8 ms by
+// panels, 24 rows 3.0 and 2.9.
+constexpr int64_t kMostTilesBf16 = 16;
+
+// The most rows of one expert that are multiplied without decoding the weight into memory.
+int64_t most_rows_without_panels(const Problem& p) {
+  if (p.base.is_dense() || p.sums != ScalarType::Float) return 0;
+  if (!kernels().serves_few_rows(p.base.codes)) return 0;
+  return p.product == ScalarType::BFloat16 ? kMostTilesBf16 : kernels().most_tiles;
+}
 
 // down = D(x) A^T for one run, into rows of `down` [inputs, rank].
 void down_of(const Problem& p, const Run& run, const Matrix& down) {
@@ -17,36 +26,6 @@ void down_of(const Problem& p, const Run& run, const Matrix& down) {
   for_row_tiles(p, p.x, run.begin, run.end, true, [&](const Matrix& z, int64_t row) {
     dots(down.part_rows(row, row + z.rows), z, a);
   });
-}
-
-// One run straight from the packed bytes.
-void few_rows(const Problem& p, const Run& run, const Matrix& down, const Matrix& y) {
-  Scratch scratch;
-  const auto f32 = ScalarType::Float;
-  const Weight weight = p.base.of_expert(run.expert);
-  const int64_t inputs = run.end - run.begin, width = kernels().laid_out_width(p.base.columns);
-  const Matrix x = as_dtype(p.x.part_rows(run.begin, run.end), f32, scratch);
-  float* laid_out = scratch.take<float>(inputs * width);
-  for (int64_t m = 0; m < inputs; ++m) {
-    kernels().lay_out(weight, static_cast<const float*>(x.at(m, 0)), laid_out + m * width);
-  }
-  const Matrix target = y.part_rows(run.begin, run.end);
-  const bool direct = y.dtype == f32;
-  FewRows io{laid_out, nullptr, nullptr, nullptr, nullptr, inputs, p.rank};
-  io.y = direct ? static_cast<float*>(target.at(0, 0)) : scratch.take<float>(inputs * y.columns);
-  if (p.bias) io.bias = static_cast<float*>(as_dtype(p.bias_of(run.expert), f32, scratch).at(0, 0));
-  if (run.adapter >= 0) {
-    float* scaled = scratch.take<float>(inputs * p.rank);
-    const float* from = static_cast<const float*>(down.at(run.begin, 0));
-    for (int64_t i = 0; i < inputs * p.rank; ++i) {
-      scaled[i] = static_cast<float>(p.scale) * from[i];
-    }
-    io.down = scaled;
-    io.lora_b = static_cast<float*>(as_dtype(p.b_of(run.adapter), f32, scratch).at(0, 0));
-  }
-  parallel(p.base.rows, inputs * p.base.columns / 4,
-           [&](int64_t begin, int64_t end) { kernels().few_rows(weight, io, begin, end); });
-  if (!direct) convert(Matrix::dense(io.y, f32, inputs, y.columns), target);
 }
 
 // Into `out` [rows of the runs, n_end - n_begin]: bias and low-rank term. Whether anything was
@@ -78,54 +57,42 @@ bool start(const Problem& p, const Run* first, const Run* last, const Matrix& do
   return p.bias || p.rank;
 }
 
-// One expert's rows, by panels of decoded weights.
-void panels(const Problem& p, const Run* first, const Run* last, const Matrix& down,
-            const Matrix& y) {
-  Scratch scratch;
-  const int64_t begin = first->begin, end = last[-1].end, n = p.base.rows;
-  const Matrix x = as_dtype(p.x.part_rows(begin, end), p.product, scratch);
-  const int64_t row_bytes = std::max<int64_t>(1, p.base.columns * size_of(p.product));
-  const int64_t height =
-      std::min(n, p.base.is_dense() ? n : std::max<int64_t>(64, kPanelBytes / row_bytes));
-  void* memory = scratch.take_bytes(height * row_bytes);
-  const bool direct = y.dtype == p.product;
-  void* buffer = direct ? nullptr : scratch.take_bytes((end - begin) * height * size_of(p.product));
-  for (int64_t row = 0; row < n; row += height) {
-    const int64_t stop = std::min(row + height, n);
-    const Matrix panel =
-        p.base.panel(first->expert, row, stop, 0, p.base.columns, p.product, memory);
-    const Matrix target = y.part(begin, end, row, stop);
-    const Matrix out = direct ? target : Matrix::dense(buffer, p.product, end - begin, stop - row);
-    const bool started = start(p, first, last, down, row, stop, out);
-    multiply(out, x, panel.transposed(), started ? 1 : 0);
-    if (!direct) convert(out, target);
-  }
-}
-
 }  // namespace
+
+void forward(const std::vector<Forward>& problems) {
+  Scratch scratch;
+  FewRowsJobs jobs(scratch);
+  for (const auto& [p, y, down] : problems) {
+    for (const Run& run : p.runs) down_of(p, run, down);
+    const int64_t few = most_rows_without_panels(p);
+    p.for_each_expert([&](const Run* first, const Run* last) {
+      const int64_t begin = first->begin, end = last[-1].end;
+      if (end - begin <= few) {
+        for (const Run* run = first; run < last; ++run) jobs.add(p, *run, down, y);
+        return;
+      }
+      const Term product{p, first->expert, p.x.part_rows(begin, end)};
+      by_panels({product}, Side::rows, y.part_rows(begin, end),
+                [&](int64_t n, int64_t stop, const Matrix& part) {
+                  return start(p, first, last, down, n, stop, part);
+                });
+    });
+  }
+  jobs.run();
+}
 
 std::tuple<Tensor, Tensor> linear(const Tensor& x, std::vector<Tensor> weight,
                                   std::vector<int64_t> layout, const MaybeTensor& bias,
                                   const MaybeTensor& lora_a, const MaybeTensor& lora_b,
                                   double scale, double dropout, const MaybeTensor& seed,
                                   const MaybeTensor& offsets, const MaybeTensor& adapter) {
-  const Problem p(x, weight, layout, bias, lora_a, lora_b, scale, dropout, seed, offsets, adapter);
+  const Problem p(x, x, weight, layout, bias, lora_a, lora_b, scale, dropout, seed, offsets,
+                  adapter);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = p.base.rows;
   Tensor y = empty(shape, x.scalar_type());
   Tensor down = empty({p.x.rows, p.rank}, p.sums);
-  const Matrix out = Matrix::of(y, p.x.rows, p.base.rows);
-  const Matrix s = Matrix::of(down, p.x.rows, p.rank);
-  for (const Run& run : p.runs) down_of(p, run, s);
-  const bool packed =
-      !p.base.is_dense() && p.sums == ScalarType::Float && kernels().serves_few_rows(p.base.codes);
-  p.for_each_expert([&](const Run* first, const Run* last) {
-    if (packed && last[-1].end - first->begin <= kFewRows) {
-      for (const Run* run = first; run < last; ++run) few_rows(p, *run, s, out);
-    } else {
-      panels(p, first, last, s, out);
-    }
-  });
+  forward({{p, Matrix::of(y, p.x.rows, p.base.rows), Matrix::of(down, p.x.rows, p.rank)}});
   return {y, down};
 }
 

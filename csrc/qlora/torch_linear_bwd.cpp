@@ -1,21 +1,11 @@
 // The binding of linear's gradient. With t = scale * g B:
 //   grad_x = g W + D(t A)     grad_a = t^T D(x)     grad_b = scale * g^T down     grad_bias = sum g
+#include "qlora/backward.h"
+#include "qlora/panels.h"
 #include "qlora/small_products.h"
 
 namespace peftkern::qlora {
 namespace {
-
-// What a call adds up, in the sums' dtype; a null pointer is a gradient nobody asked for.
-struct Sums {
-  Matrix t{}, bias{}, a{}, b{}, weight{};
-
-  static Matrix zeros(int64_t rows, int64_t columns, ScalarType dtype, Scratch& scratch) {
-    void* memory = scratch.take_bytes(rows * columns * size_of(dtype));
-    const Matrix sum = Matrix::dense(memory, dtype, rows, columns);
-    clear(sum);
-    return sum;
-  }
-};
 
 // Part i of a stack of equal parts.
 Matrix part_of(const Matrix& stack, int64_t i, int64_t rows) {
@@ -73,110 +63,123 @@ void add_run(const Problem& p, const Run& run, const Matrix& grad, const Matrix&
   }
 }
 
-// Into `out` [rows of the runs, k_end - k_begin]: D(t A). Whether anything was there.
-bool start(const Problem& p, const Run* first, const Run* last, const Matrix& t, int64_t k_begin,
-           int64_t k_end, const Matrix& out) {
-  if (!t.data) return false;
-  for (const Run* run = first; run < last; ++run) {
-    Scratch scratch;
-    const Matrix target = out.part_rows(run->begin - first->begin, run->end - first->begin);
-    const bool direct = target.dtype == p.sums;
-    const Matrix u =
-        direct ? target
-               : Matrix::dense(scratch.take_bytes(target.rows * target.columns * size_of(p.sums)),
-                               p.sums, target.rows, target.columns);
-    if (run->adapter < 0) {
-      clear(u);
-    } else {
-      const Matrix a =
-          as_dtype(p.a_of(run->adapter).part(0, p.rank, k_begin, k_end), p.sums, scratch);
-      parallel(u.rows, u.columns * p.rank, [&](int64_t i, int64_t n) {
-        product(u.part_rows(i, n), t.part_rows(run->begin + i, run->begin + n), a, 1, false);
-        p.dropout.apply(u.part_rows(i, n), run->begin + i, k_begin, p.base.columns);
-      });
+void add_to(const Matrix& to, const Matrix& from) {
+  with_sums(to.dtype, [&](const auto&, auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for (int64_t row = 0; row < to.rows; ++row) {
+      T* target = static_cast<T*>(to.at(row, 0));
+      const T* source = static_cast<const T*>(from.at(row, 0));
+      for (int64_t i = 0; i < to.columns; ++i) target[i] += source[i];
     }
-    if (!direct) convert(u, target);
-  }
-  return true;
+  });
 }
 
-// grad_x of one expert's rows, by panels of columns, so that each element is rounded once.
-void panels(const Problem& p, const Run* first, const Run* last, const Matrix& grad,
-            const Matrix& t, const Matrix& grad_x) {
-  Scratch scratch;
-  const int64_t begin = first->begin, end = last[-1].end, k = p.base.columns;
-  const Matrix g = as_dtype(grad.part_rows(begin, end), p.product, scratch);
-  const int64_t column_bytes = std::max<int64_t>(1, p.base.rows * size_of(p.product));
-  const int64_t width = std::min(
-      k, p.base.is_dense() ? k : std::max<int64_t>(64, kPanelBytes / column_bytes / 64 * 64));
-  void* memory = scratch.take_bytes(p.base.rows * p.base.panel_stride(width) * size_of(p.product));
-  const bool direct = grad_x.dtype == p.product;
-  void* buffer = direct ? nullptr : scratch.take_bytes((end - begin) * width * size_of(p.product));
-  for (int64_t column = 0; column < k; column += width) {
-    const int64_t stop = std::min(column + width, k);
-    const Matrix panel =
-        p.base.panel(first->expert, 0, p.base.rows, column, stop, p.product, memory);
-    const Matrix target = grad_x.part(begin, end, column, stop);
-    const Matrix out =
-        direct ? target : Matrix::dense(buffer, p.product, end - begin, stop - column);
-    const bool started = start(p, first, last, t, column, stop, out);
-    multiply(out, g, panel, started ? 1 : 0);
-    if (!direct) convert(out, target);
+// What a problem's runs of one expert give to grad_x.
+struct Part {
+  const Backward& of;
+  const Run *first, *last;
+};
+
+// u [rows of the runs, k_end - k_begin] = D(t A), or on top of it; in the sums' dtype.
+void low_rank(const Part& part, int64_t k_begin, int64_t k_end, const Matrix& u, bool add) {
+  const Problem& p = part.of.p;
+  for (const Run* run = part.first; run < part.last; ++run) {
+    const Matrix target = u.part_rows(run->begin - part.first->begin, run->end - part.first->begin);
+    if (run->adapter < 0) {
+      if (!add) clear(target);
+      continue;
+    }
+    Scratch scratch;
+    const Matrix a =
+        as_dtype(p.a_of(run->adapter).part(0, p.rank, k_begin, k_end), p.sums, scratch);
+    parallel(target.rows, target.columns * p.rank, [&](int64_t begin, int64_t end) {
+      Scratch piece;
+      const Matrix rows = target.part_rows(begin, end);
+      const bool beside = add && p.dropout.p > 0;  // what is there already must not be dropped
+      void* memory =
+          beside ? piece.take_bytes(rows.rows * rows.columns * size_of(p.sums)) : nullptr;
+      const Matrix out = beside ? Matrix::dense(memory, p.sums, rows.rows, rows.columns) : rows;
+      const Matrix t = part.of.sums.t.part_rows(run->begin + begin, run->begin + end);
+      product(out, t, a, 1, add && !beside);
+      p.dropout.apply(out, run->begin + begin, k_begin, p.base.columns);
+      if (beside) add_to(rows, out);
+    });
   }
+}
+
+// The same for all parts, into `out` in the product's dtype. Whether anything was there.
+bool start(const std::vector<Part>& parts, int64_t k_begin, int64_t k_end, const Matrix& out) {
+  const ScalarType sums = parts[0].of.p.sums;
+  Scratch scratch;
+  Matrix u = out;
+  bool there = false;
+  for (const Part& part : parts) {
+    if (!part.of.sums.t.data) continue;
+    if (!there && out.dtype != sums) {
+      void* memory = scratch.take_bytes(out.rows * out.columns * size_of(sums));
+      u = Matrix::dense(memory, sums, out.rows, out.columns);
+    }
+    low_rank(part, k_begin, k_end, u, there);
+    there = true;
+  }
+  if (there && out.dtype != sums) convert(u, out);
+  return there;
 }
 
 }  // namespace
 
+void backward(const std::vector<Backward>& problems, const Matrix& grad_x) {
+  for (const Backward& b : problems) {
+    for (const Run& run : b.p.runs) add_run(b.p, run, b.grad, b.down, b.sums);
+  }
+  if (!grad_x.data) return;
+  problems[0].p.for_each_expert([&](const Run* first, const Run* last) {
+    const int64_t begin = first->begin, end = last[-1].end;
+    std::vector<Part> parts;
+    std::vector<Term> terms;
+    for (const Backward& b : problems) {
+      const bool whole = problems.size() > 1;
+      const Run* from = whole ? b.p.runs.data() : first;
+      parts.push_back({b, from, whole ? from + b.p.runs.size() : last});
+      terms.push_back({b.p, from->expert, b.grad.part_rows(begin, end)});
+    }
+    by_panels(
+        terms, Side::columns, grad_x.part_rows(begin, end),
+        [&](int64_t k, int64_t stop, const Matrix& out) { return start(parts, k, stop, out); });
+  });
+}
+
 // `needs` and the result: x, weight, bias, lora_a, lora_b; only what is needed is returned.
-std::vector<Tensor> linear_bwd(const Tensor& grad_tensor, const Tensor& x,
+std::vector<Tensor> linear_bwd(const Tensor& grad_tensor, const MaybeTensor& x,
                                const Tensor& down_tensor, std::vector<Tensor> weight,
                                std::vector<int64_t> layout, const MaybeTensor& bias,
                                const MaybeTensor& lora_a, const MaybeTensor& lora_b, double scale,
                                double dropout, const MaybeTensor& seed, const MaybeTensor& offsets,
                                const MaybeTensor& adapter, std::vector<bool> needs) {
-  const Problem p(x, weight, layout, bias, lora_a, lora_b, scale, dropout, seed, offsets, adapter);
+  const Problem p(x, grad_tensor, weight, layout, bias, lora_a, lora_b, scale, dropout, seed,
+                  offsets, adapter);
   check_count(grad_tensor, "grad", p.x.rows * p.base.rows);
   check_count(down_tensor, "down", p.x.rows * p.rank);
-  check_dtype(grad_tensor, "grad", x.scalar_type());
   check_dtype(down_tensor, "down", p.sums);
-  const Matrix grad = Matrix::of(grad_tensor, p.x.rows, p.base.rows);
-  const Matrix down = Matrix::of(down_tensor, p.x.rows, p.rank);
   const bool need_x = needs.at(0), need_weight = needs.at(1), need_bias = needs.at(2) && bias,
              need_a = needs.at(3) && p.rank, need_b = needs.at(4) && p.rank;
+  STD_TORCH_CHECK(x || !(need_weight || need_a), "x must come where a gradient needs it");
   Scratch scratch;
   std::vector<Tensor> out;
-  Matrix grad_x{};
-  if (need_x) {
-    out.push_back(empty_as(x));
-    grad_x = Matrix::of(out.back(), p.x.rows, p.base.columns);
-  }
-  // Where a parameter has the sums' dtype, its gradient is summed up in place.
-  std::vector<std::pair<Matrix, Matrix>> rounded;
-  const auto sum_for = [&](bool needed, const Tensor& parameter, int64_t rows, int64_t columns) {
-    if (!needed) return Matrix{};
-    out.push_back(empty_as(parameter));
-    const Matrix target = Matrix::of(out.back(), rows, columns);
-    if (target.dtype != p.sums) {
-      rounded.emplace_back(Sums::zeros(rows, columns, p.sums, scratch), target);
-      return rounded.back().first;
-    }
-    clear(target);
-    return target;
-  };
-  Sums sums;
-  sums.weight = sum_for(need_weight, weight[0], p.base.experts * p.base.rows, p.base.columns);
-  if (bias) sums.bias = sum_for(need_bias, *bias, p.base.experts, p.base.rows);
-  if (p.rank) {
-    sums.a = sum_for(need_a, *lora_a, p.adapters * p.rank, p.base.columns);
-    sums.b = sum_for(need_b, *lora_b, p.adapters * p.base.rows, p.rank);
-    if (need_x || need_a) sums.t = Sums::zeros(p.x.rows, p.rank, p.sums, scratch);
-  }
-  for (const Run& run : p.runs) add_run(p, run, grad, down, sums);
-  if (need_x) {
-    p.for_each_expert(
-        [&](const Run* first, const Run* last) { panels(p, first, last, grad, sums.t, grad_x); });
-  }
-  for (const auto& [sum, target] : rounded) convert(sum, target);
+  Gradients gradients(scratch, out);
+  const Matrix grad_x = need_x ? gradients.of_x(grad_tensor, p) : Matrix{};
+  Backward b{p,
+             Matrix::of(grad_tensor, p.x.rows, p.base.rows),
+             Matrix::of(down_tensor, p.x.rows, p.rank),
+             {}};
+  const int64_t rows = p.base.experts * p.base.rows, columns = p.base.columns;
+  if (need_weight) b.sums.weight = gradients.of(weight[0], p.sums, rows, columns);
+  if (need_bias) b.sums.bias = gradients.of(*bias, p.sums, p.base.experts, p.base.rows);
+  if (need_a) b.sums.a = gradients.of(*lora_a, p.sums, p.adapters * p.rank, columns);
+  if (need_b) b.sums.b = gradients.of(*lora_b, p.sums, p.adapters * p.base.rows, p.rank);
+  if (p.rank && (need_x || need_a)) b.sums.t = Sums::zeros(p.x.rows, p.rank, p.sums, scratch);
+  backward({b}, grad_x);
+  gradients.round();
   return out;
 }
 

@@ -47,6 +47,11 @@ def linear(
             _check.dtype("seed", seed, [torch.int64])
             _check.shape("seed", seed, [1])
             _check.device("seed", seed, x)
+        elif seed is not None:
+            if not isinstance(seed, int):
+                raise TypeError(f"seed must be an int64 tensor or an int, got {seed!r}")
+            if not -(2**63) <= seed < 2**63:
+                raise ValueError(f"seed must fit into 64 bits, got {seed}")
 
 
 def _parameter(name: str, tensor: Tensor, expected: tuple[int, ...], x: Tensor) -> None:
@@ -63,10 +68,12 @@ def groups(
     rows = x.shape[0]
     _check.dtype("offsets", offsets, [torch.int64])
     _check.shape("offsets", offsets, [experts + 1])
+    _check.dense("offsets", offsets)
     _check.device("offsets", offsets, x)
     if adapter is not None:
         _check.dtype("adapter", adapter, [torch.int32])
         _check.shape("adapter", adapter, [rows])
+        _check.dense("adapter", adapter)
         _check.device("adapter", adapter, x)
     elif lora_a is not None and lora_a.shape[0] != experts:
         raise ValueError(

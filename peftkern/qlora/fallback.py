@@ -43,37 +43,43 @@ def linear(
 
 
 def linear_bwd(
-    grad: Tensor, x: Tensor, down: Tensor, weight: Sequence[Tensor], layout: Sequence[int],
+    grad: Tensor, x: Tensor | None, down: Tensor, weight: Sequence[Tensor], layout: Sequence[int],
     bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, scale: float,
     dropout: float, seed: Tensor | None, offsets: Tensor | None, adapter: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    flat, g = x.view(-1, layout[2]), grad.view(-1, layout[1])
-    w = dense(weight, layout)
-    inputs = (flat, w, bias, lora_a, lora_b)
-    grad_x, grad_w, grad_bias, grad_a, grad_b = (
-        torch.zeros(() if t is None else t.shape, dtype=x.dtype, device=x.device) for t in inputs
-    )
-    for e, rows in _expert_rows(flat, offsets):
-        grad_x[rows] = g[rows] @ w[e].to(x.dtype)
-        grad_w[e] = g[rows].t() @ flat[rows]
-        if bias is not None:
+    g, w = grad.reshape(-1, layout[1]), dense(weight, layout)
+    flat = g.new_empty(0) if x is None else x.view(-1, layout[2])  # none comes where none is needed
+    originals = (grad.new_empty(*grad.shape[:-1], layout[2]), weight[0], bias, lora_a, lora_b)
+    grad_x, grad_w, grad_bias, grad_a, grad_b = grads = [
+        torch.zeros(t.shape, dtype=grad.dtype, device=grad.device)
+        if need and t is not None
+        else None
+        for t, need in zip(originals, needs, strict=True)
+    ]
+    for e, rows in _expert_rows(g, offsets):
+        if grad_x is not None:
+            grad_x.view(-1, layout[2])[rows] = g[rows] @ w[e].to(g.dtype)
+        if grad_w is not None:
+            grad_w.view(w.shape)[e] = g[rows].t() @ flat[rows]
+        if grad_bias is not None:
             _at(grad_bias, 1, e).copy_(g[rows].sum(0))
     if lora_a is not None and lora_b is not None:
-        dropped = reference.dropout(flat, dropout, seed)
-        low_rank = torch.zeros_like(flat)
-        for i, chosen in _adapter_rows(flat, lora_a, offsets, adapter):
-            up = scale * (g[chosen] @ _at(lora_b, 2, i).to(x.dtype))
-            _at(grad_b, 2, i).copy_(scale * (g[chosen].t() @ down[chosen].to(x.dtype)))
-            _at(grad_a, 2, i).copy_(up.t() @ dropped[chosen])
-            low_rank[chosen] = up @ _at(lora_a, 2, i).to(x.dtype)
-        grad_x += reference.dropout(low_rank, dropout, seed)
-    grads = (grad_x, grad_w, grad_bias, grad_a, grad_b)
-    originals = (x, weight[0], bias, lora_a, lora_b)
+        dropped = flat if grad_a is None else reference.dropout(flat, dropout, seed)
+        low_rank = g.new_zeros(len(g), layout[2])
+        for i, chosen in _adapter_rows(g, lora_a, offsets, adapter):
+            up = scale * (g[chosen] @ _at(lora_b, 2, i).to(g.dtype))
+            if grad_b is not None:
+                _at(grad_b, 2, i).copy_(scale * (g[chosen].t() @ down[chosen].to(g.dtype)))
+            if grad_a is not None:
+                _at(grad_a, 2, i).copy_(up.t() @ dropped[chosen])
+            low_rank[chosen] = up @ _at(lora_a, 2, i).to(g.dtype)
+        if grad_x is not None:
+            grad_x += reference.dropout(low_rank, dropout, seed).view(grad_x.shape)
     return [
-        grad.view(t.shape).to(t.dtype)
-        for grad, t, need in zip(grads, originals, needs, strict=True)
-        if need and t is not None
+        g.to(t.dtype)
+        for g, t in zip(grads, originals, strict=True)
+        if g is not None and t is not None
     ]
 
 

@@ -30,11 +30,11 @@ def _fake_linear(
 
 
 def _fake_linear_bwd(
-    grad: Tensor, x: Tensor, down: Tensor, weight: list[Tensor], layout: Any, bias: Any,
+    grad: Tensor, x: Any, down: Tensor, weight: list[Tensor], layout: Any, bias: Any,
     lora_a: Any, lora_b: Any, scale: Any, dropout: Any, seed: Any, offsets: Any, adapter: Any,
     needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    inputs = (x, weight[0], bias, lora_a, lora_b)
+    inputs = (grad.new_empty(*grad.shape[:-1], layout[2]), weight[0], bias, lora_a, lora_b)
     return [torch.empty_like(t) for t, need in zip(inputs, needs, strict=True) if need]
 
 
@@ -46,7 +46,7 @@ _linear_op = _native.define(
     fallback.linear,
 )
 _linear_bwd_op = _native.define(
-    "qlora_linear_bwd(Tensor grad, Tensor x, Tensor down, Tensor[] weight, int[] layout, "
+    "qlora_linear_bwd(Tensor grad, Tensor? x, Tensor down, Tensor[] weight, int[] layout, "
     "Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scale, float dropout, Tensor? seed, "
     "Tensor? offsets, Tensor? adapter, bool[] needs) -> Tensor[]",
     _fake_linear_bwd,
@@ -57,17 +57,9 @@ _linear_bwd_op = _native.define(
 _Fixed = tuple[list[Tensor], list[int], float, float, Tensor | None, Tensor | None, Tensor | None]
 
 
-def _forward(
-    x: Tensor, dense: Tensor | None, bias: Tensor | None, lora_a: Tensor | None,
-    lora_b: Tensor | None, fixed: _Fixed,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    buffers, layout, *rest = fixed
-    weight = [dense] if dense is not None else buffers
-    return _linear_op(x, weight, layout, bias, lora_a, lora_b, *rest)  # type: ignore[no-any-return]
-
-
 class _Linear(torch.autograd.Function):
-    """Keeps x, down = D(x) A^T and references: no mask, no D(x), no dense weight.
+    """Keeps references and down = D(x) A^T, and x where a gradient needs it: no mask, no D(x), no
+    dense weight.
 
     What asks for no gradient comes in one tuple, since each argument of a Function costs time.
     """
@@ -77,8 +69,13 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, dense: Tensor | None, bias: Tensor | None, lora_a: Tensor | None,
         lora_b: Tensor | None, fixed: _Fixed,
     ) -> Tensor:  # fmt: skip
-        y, down = _forward(x, dense, bias, lora_a, lora_b, fixed)
-        ctx.save_for_backward(x, down, dense, bias, lora_a, lora_b)
+        buffers, layout, *rest = fixed
+        weight = [dense] if dense is not None else buffers
+        y: Tensor
+        y, down = _linear_op(x, weight, layout, bias, lora_a, lora_b, *rest)
+        _, dense_trains, bias_trains, a_trains, *_ = ctx.needs_input_grad
+        x_kept = x if dense_trains or a_trains else None
+        ctx.save_for_backward(x_kept, down, dense, bias if bias_trains else None, lora_a, lora_b)
         ctx.fixed = fixed
         return y
 
@@ -99,22 +96,30 @@ def _apply(
     lora_b: Tensor | None, scale: float, dropout: float, seed: Tensor | int | None,
     offsets: Tensor | None = None, adapter: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+    if torch._C._is_any_autocast_enabled():  # a tenth of the cost of asking for one device
+        x = _autocast(x)
     if dropout and lora_a is not None:
         seed = _seed(seed, x.device)
     else:
         dropout, seed = 0.0, None
+    x = x.contiguous()
     if isinstance(weight, QuantizedWeight):
         dense, buffers, layout = None, weight.buffers, weight.layout
     else:
         dense, buffers, layout = weight, [], [*(1,) * (3 - weight.dim()), *weight.shape, 0, 0]
-    fixed = (buffers, layout, scale, dropout, seed, offsets, adapter)
-    inputs = (x.contiguous(), dense, bias, lora_a, lora_b, fixed)
+    rest = (scale, dropout, seed, offsets, adapter)
     if torch.is_grad_enabled():
-        return _Linear.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
-    return _forward(*inputs)[0]
+        fixed = (buffers, layout, *rest)
+        return _Linear.apply(x, dense, bias, lora_a, lora_b, fixed)  # type: ignore[no-any-return, no-untyped-call]
+    tensors = [dense] if dense is not None else buffers
+    return _linear_op(x, tensors, layout, bias, lora_a, lora_b, *rest)[0]  # type: ignore[no-any-return]
+
+
+def _autocast(x: Tensor) -> Tensor:
+    device = x.device.type
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def _seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
