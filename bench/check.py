@@ -1,12 +1,9 @@
 """Nothing is timed before its result has passed here.
 
-A result passes if it is as good as plain torch in the same dtype: for the largest error and for the
-root mean square,
-
-    error(result, truth) <= factor * error(plain, truth) + eps * size(truth)
-
-where `truth` is the reference in float64. A contender labelled inexact passes below a relative
-error of its own, which the row shows. Results that hold no floats are compared bit for bit.
+A result passes if it is as good as plain torch in the same dtype, by the rule of `_verdict`, for
+the largest error and for the root mean square; the truth is the reference in float64. A contender
+labelled inexact passes below a relative error of its own, which the row shows. Results that hold no
+floats are compared bit for bit.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FACTOR = 2.0
+from peftkern._verdict import FACTOR, bound
 
 Tensors = tuple[Tensor, ...]
 
@@ -77,14 +74,13 @@ def objection(
                     f"relative error of output {i} must be at most {tolerance:g}, got {error:.3g}"
                 )
             continue
-        eps = torch.finfo(actual.dtype).eps
-        errors, allowed = (sizes(t.detach().double() - exact) for t in (actual, usual))
-        for kind, error, plain_error, size in zip(
-            ("largest", "mean"), errors, allowed, sizes(exact), strict=True
+        errors, usual_errors = (sizes(t.detach().double() - exact) for t in (actual, usual))
+        for kind, error, usual_error, size in zip(
+            ("largest", "mean"), errors, usual_errors, sizes(exact), strict=True
         ):
-            bound = factor * plain_error + eps * size
-            if not error <= bound:
-                return f"{kind} error of output {i} must be at most {bound:.3g}, got {error:.3g}"
+            allowed = bound(usual_error, size, actual.dtype, factor)
+            if not error <= allowed:
+                return f"{kind} error of output {i} must be at most {allowed:.3g}, got {error:.3g}"
     return ""
 
 

@@ -83,13 +83,16 @@ def refuse_unless_repacked(layer: nn.Module) -> None:
         raise ImportError("bitsandbytes repacks only on a CPU with AVX512-BF16")
 
 
-def peft_layer(base: nn.Module, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
+def peft_layer(
+    base: nn.Module, lora_a: Tensor, lora_b: Tensor, use_dora: bool = False
+) -> nn.Module:
     """peft's LoRA layer around `base`, as `get_peft_model` puts it in."""
     import peft
 
     config = peft.LoraConfig(
-        r=lora_a.shape[0], lora_alpha=SCALE * lora_a.shape[0], target_modules=["linear"]
-    )
+        r=lora_a.shape[0], lora_alpha=SCALE * lora_a.shape[0], target_modules=["linear"],
+        use_dora=use_dora,
+    )  # fmt: skip
     model = nn.ModuleDict({"linear": base})
     model.is_loaded_in_4bit = hasattr(base, "quant_state")  # else peft wraps it as a plain linear
     with warnings.catch_warnings():
@@ -101,14 +104,16 @@ def peft_layer(base: nn.Module, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
     return layer
 
 
-def peft_bitsandbytes(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
-    return peft_layer(linear4bit(weight), lora_a, lora_b)
+def peft_bitsandbytes(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, use_dora: bool = False
+) -> nn.Module:
+    return peft_layer(linear4bit(weight), lora_a, lora_b, use_dora)
 
 
-def peft_dense(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
+def peft_dense(weight: Tensor, lora_a: Tensor, lora_b: Tensor, use_dora: bool = False) -> nn.Module:
     base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     base.weight = nn.Parameter(weight, requires_grad=False)
-    return peft_layer(base, lora_a, lora_b)
+    return peft_layer(base, lora_a, lora_b, use_dora)
 
 
 def bitsandbytes_quantize() -> Callable[[Tensor], Any]:

@@ -49,6 +49,7 @@ INT8_ROWS = tuple(
     Case(f"int8 4096 x 4096, {rows}", 4096, 4096, count, format="int8")
     for count, rows in ((1, "1 row"), (512, "512 rows"))
 )
+TRAIN_DORA = TRAIN[:1]
 STORE = (Case("4096 x 4096", 4096, 4096, 1),)
 
 SHORT_LIST = (
@@ -71,14 +72,15 @@ def ours(
     return lambda x: qlora.linear(x, quantized, None, *adapter, scale=SCALE)
 
 
-def our_layer(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> nn.Module:
+def our_layer(weight: Tensor, lora_a: Tensor, lora_b: Tensor, use_dora: bool = False) -> nn.Module:
     rows, columns = weight.shape
     base = nn.Linear(columns, rows, bias=False, device="meta")
     base.weight = nn.Parameter(weight, requires_grad=False)
     r = len(lora_a)
     layer = QLoRALinear.from_linear(
-        base, r=r, lora_alpha=SCALE * r, base="nf4", block_size=BLOCK_SIZE, nested=False
-    )
+        base, r=r, lora_alpha=SCALE * r, base="nf4", block_size=BLOCK_SIZE, nested=False,
+        use_dora=use_dora,
+    )  # fmt: skip
     with torch.no_grad():
         layer.lora_A.copy_(lora_a)
         layer.lora_B.copy_(lora_b)
@@ -219,6 +221,32 @@ def training(quick: bool) -> Iterator[Row]:
         )  # fmt: skip
 
 
+def training_dora(quick: bool) -> Iterator[Row]:
+    """With magnitudes as they are before training, and A and B as after it."""
+    builds = {
+        "peftkern.QLoRALinear": partial(our_layer, use_dora=True),
+        "peft, dense": partial(peers.peft_dense, use_dora=True),
+        "peft + bitsandbytes, fresh": partial(peers.peft_bitsandbytes, use_dora=True),
+    }
+    contenders = {name: Contender(with_gradients(build)) for name, build in builds.items()}
+
+    def product(weight: Tensor, a: Tensor, b: Tensor, m: Tensor) -> Callable[[Tensor], Tensor]:
+        norms = torch.linalg.vector_norm(weight + SCALE * (b @ a), dim=1).detach()
+        return lambda x: m / norms * plain(x, weight, a, b)
+
+    def gradients(weight: Tensor, a: Tensor, b: Tensor, x: Tensor, grad: Tensor) -> Any:
+        magnitude = torch.linalg.vector_norm(weight, dim=1)
+        return with_gradients(product)(weight, a, b, magnitude)(x, grad)
+
+    for case in TRAIN_DORA:
+        shapes = (case.rows, case.inputs), (case.rows, case.outputs)
+        yield from measure(
+            "qlora", "linear with DoRA", case.name, contenders, sets(case, quick, *shapes),
+            gradients, baseline="peftkern.QLoRALinear", direction="forward+backward",
+            work=case.work(products=2), quick=quick,
+        )  # fmt: skip
+
+
 def quantizing(quick: bool) -> Iterator[Row]:
     def reference_build() -> Callable[[Tensor], Any]:
         codebook = torch.tensor(reference.NF4)
@@ -285,7 +313,8 @@ def rows(device: str = "cpu", quick: bool = False) -> Iterator[Row]:
     if torch.device(device).type != "cpu":
         raise ValueError(f"device must be cpu for qlora's benchmarks, got {device}")
     parts = (
-        decode, other_formats, decode_lora, input_gradients, training, quantizing, dequantizing,
+        decode, other_formats, decode_lora, input_gradients, training, training_dora, quantizing,
+        dequantizing,
     )  # fmt: skip
     for part in parts:
         yield from part(quick)

@@ -2,6 +2,7 @@
 
 from peftkern import qlora
 from peftkern.adapt import Skipped, adapt, trainable_parameters
+from peftkern.corda import corda
 from peftkern.files import adapter_state_dict, load_adapter, save_adapter
 from peftkern.info import Info, info
 from peftkern.qlora import LoraConfig, QLoRALinear
@@ -16,6 +17,7 @@ __all__ = [
     "Skipped",
     "adapt",
     "adapter_state_dict",
+    "corda",
     "info",
     "load_adapter",
     "qlora",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 NAMESPACE = "peftkern"  # spelled once more, in csrc/common/binding.h
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 
-_ops: list[str] = []
+references: dict[str, Callable[..., Any]] = {}  # of every op
+launchers: dict[str, Callable[..., Any]] = {}  # in Triton, of the ops that have one
 _triton: set[str] = set()
 _warned: set[tuple[str, str]] = set()
 
@@ -38,21 +40,42 @@ def define(schema: str, fake: Callable[..., Any], reference: Callable[..., Any])
     torch.library.define(qualified, schema.removeprefix(name))
     torch.library.register_fake(qualified, fake)
     torch.library.impl(qualified, "CompositeExplicitAutograd", _announced(name, reference))
-    _ops.append(name)
+    references[name] = reference
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def register_triton(family: str, verb: str) -> None:
     """Lets the launcher `peftkern.kernels.<family>.<verb>` serve GPUs where C++ does not."""
-    op = f"{NAMESPACE}::{family}_{verb}"
-    if _has_kernel(op, "CUDA"):
-        return
 
     def launch(*args: Any) -> Any:
         return getattr(import_module(f"peftkern.kernels.{family}"), verb)(*args)
 
-    torch.library.impl(op, "CUDA", launch)
-    _triton.add(f"{family}_{verb}")
+    name = f"{family}_{verb}"
+    launchers[name] = launch
+    if not _has_kernel(f"{NAMESPACE}::{name}", "CUDA"):
+        torch.library.impl(f"{NAMESPACE}::{name}", "CUDA", launch)
+        _triton.add(name)
+
+
+class Instead(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While it is entered, ops run these functions, whatever kernels there are.
+
+    Args:
+        functions: `references`, `launchers`, or others, by the op's name.
+    """
+
+    def __init__(self, functions: Mapping[str, Callable[..., Any]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.functions = functions
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch's own way out of importing its compiler, for a second, at the first op."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        chosen = self.functions.get(func._opname) if func.namespace == NAMESPACE else None
+        return (chosen or func)(*args, **(kwargs or {}))
 
 
 def _has_kernel(op: str, key: str) -> bool:
@@ -85,7 +108,8 @@ def kernels() -> dict[str, dict[str, str]]:
     """For every op, which kernel serves which device."""
     devices = {"cpu": "CPU"} | ({"cuda": "CUDA"} if torch.cuda.is_available() else {})
     return {
-        op: {device: _kernel(op, device, key) for device, key in devices.items()} for op in _ops
+        op: {device: _kernel(op, device, key) for device, key in devices.items()}
+        for op in references
     }
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from peftkern import _check
-from peftkern.qlora import LoraConfig, QLoRALinear, bnb, formats
+from peftkern.qlora import LoraConfig, QLoRALinear, bnb, formats, init
 
 # Routers choose experts; what they decide is not what an adapter should shift unasked.
 ROUTER_NAME = re.compile(r"(^|\.)(gate|\w*expert_gate|\w*router\w*)(\.|$)")
@@ -73,9 +73,19 @@ def heads_and_routers(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def obstacle(
-    model: nn.Module, module: nn.Module, places: list[str], config: LoraConfig
+    model: nn.Module,
+    module: nn.Module,
+    places: list[str],
+    config: LoraConfig,
+    tied: Sequence[str] = (),
 ) -> str | None:
-    """Why this module cannot take an adapter; None where it can."""
+    """Why this module cannot take an adapter; None where it can.
+
+    Args:
+        model: in which the module stands at `places`.
+        config: the module's own.
+        tied: other modules that hold its weight.
+    """
     kind = type(module).__name__
     if isinstance(module, QLoRALinear):
         return "has an adapter already"
@@ -85,9 +95,11 @@ def obstacle(
         return "its forward is replaced on the instance, as hooks of accelerate do"
     weight = module._parameters.get("weight")
     if is_a(module, "bitsandbytes", "Linear4bit"):
-        return _obstacle_4bit(getattr(weight, "quant_state", None))
+        return _obstacle_quantized(
+            module, config, _obstacle_4bit(getattr(weight, "quant_state", None))
+        )
     if is_a(module, "bitsandbytes", "Linear8bitLt"):
-        return _obstacle_8bit(module)
+        return _obstacle_quantized(module, config, _obstacle_8bit(module))
     transposed = is_a(module, "transformers", "Conv1D")
     if not transposed and getattr(type(module), "forward", None) is not nn.Linear.forward:
         return f"{kind} is none of nn.Linear, Conv1D, Linear4bit and Linear8bitLt"
@@ -101,9 +113,32 @@ def obstacle(
         return f"its weight is {weight.dtype}, not float"
     if weight.numel() == 0:
         return "its weight is empty"
-    if config.base is None and (transposed or not weight.is_contiguous()):
-        return "its weight is stored transposed, which only a config with a base can take"
-    return None
+    if tied and is_transposed(module):
+        return f"its weight is stored transposed and tied to {tied[0]}, which a copy would part"
+    return init.obstacle(config, *features(module))
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """A dense weight that the kernels, which read rows, can only take as a copy."""
+    if is_a(module, "transformers", "Conv1D"):
+        return True
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return not weight.is_contiguous()
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """out and in of a linear of any kind that takes an adapter."""
+    if is_a(module, "transformers", "Conv1D"):
+        rows, columns = module._parameters["weight"].shape  # type: ignore[union-attr]
+        return columns, rows
+    return module.out_features, module.in_features  # type: ignore[return-value]
+
+
+def _obstacle_quantized(module: nn.Module, config: LoraConfig, reason: str | None) -> str | None:
+    if config.start == "loftq":
+        return "quantised already, and LoftQ needs the float weight"
+    return reason or init.obstacle(config, *features(module))
 
 
 NOT_YET = "not quantised yet: bitsandbytes does it when the model moves to its device"
@@ -150,6 +185,15 @@ def is_a(module: nn.Module, package: str, name: str) -> bool:
         kind.__name__ == name and kind.__module__.split(".")[0] == package
         for kind in type(module).__mro__
     )
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raises ValueError where what is put in now would train in each process for itself."""
+    for module in model.modules():
+        if is_a(module, "torch", "DistributedDataParallel"):
+            raise ValueError(
+                "model must be adapted before DistributedDataParallel wraps it, got it wrapped"
+            )
 
 
 def linears(names: dict[nn.Module, list[str]]) -> list[str]:

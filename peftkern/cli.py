@@ -34,6 +34,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="peftkern", description="Fused kernels for parameter-efficient fine-tuning."
     )
     parser.set_defaults(command=_info)
+    parser.add_argument(
+        "--selftest",
+        action="store_true",
+        help="run a small case of every op on every device and instruction set",
+    )
     commands = parser.add_subparsers(title="commands", metavar="")
 
     info = commands.add_parser(
@@ -54,6 +59,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.command is _demo:
         _check_demo(demo, arguments)
+    if arguments.selftest:
+        if arguments.command is not _info:
+            parser.error("--selftest must stand without a command")
+        arguments.command = _selftest
     return arguments
 
 
@@ -94,6 +103,12 @@ def _check_demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) 
 
 def _info(arguments: argparse.Namespace) -> None:
     print(peftkern.info())
+
+
+def _selftest(arguments: argparse.Namespace) -> int:
+    from peftkern import selftest
+
+    return 0 if selftest.run() else 1
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -5,23 +5,35 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from peftkern import _check, _peft
+from peftkern import _check, _folder, _peft, _select, _sharded
+from peftkern._folder import CONFIG, TENSORS
 from peftkern.adapt import adapters, place, plan
 from peftkern.qlora import LoraConfig, QLoRALinear
 
 Model = TypeVar("Model", bound=nn.Module)
 
-CONFIG, TENSORS, NEW = "adapter_config.json", "adapter_model.safetensors", ".new"
 PREFIX = "base_model.model."
-KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
+# What a layer may have in a file, by its key behind the layer's name. peft has written magnitudes
+# with and without `.weight`.
+PARTS = {
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+    "lora_magnitude_vector.weight": "lora_magnitude_vector",
+    "base_layer.bias": "bias",
+}
+KEY = re.compile(re.escape(PREFIX) + rf"(.+)\.({'|'.join(map(re.escape, PARTS))})")
+KEY_OF = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "bias": "base_layer.bias"}
+
+Parts = dict[str, Tensor]
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -32,15 +44,17 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         `base_model.model.<name>.lora_A.weight` `[r, in]` and `….lora_B.weight` `[out, r]` of every
-        adapted linear, detached, in the parameters' own storage.
+        adapted linear, detached, in the parameters' own storage; with DoRA
+        `….lora_magnitude_vector` `[out]`, where the bias trains `….base_layer.bias` `[out]`. An
+        adapter that takes its start off again is one of rank 2 r, `[A; A0]` and `[B, -B0]`.
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: the model has no adapter, or is wrapped in FullyShardedDataParallel.
     """
     return {
-        f"{PREFIX}{name}.{part}.weight": getattr(layer, part).detach()
+        f"{PREFIX}{name}.{KEY_OF.get(part, part)}": tensor
         for name, layer in _adapters(model).items()
-        for part in ("lora_A", "lora_B")
+        for part, tensor in _parts(layer).items()
     }
 
 
@@ -48,25 +62,36 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes a folder that `load_adapter` and peft's `PeftModel.from_pretrained` read.
 
     All or nothing: killed at any moment, it leaves the adapter that was there, or the new one.
-    One process may write to a path at a time.
+    One process may write to a path at a time. However the adapter started, what is written belongs
+    to the base as it was before `adapt`; that of "loftq_N" alone, with N above 1, to the quantised
+    base that is in the model, and saving it warns.
 
     Args:
         model: adapted.
         path: a folder, made where it is missing; its other files are left alone.
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: the model has no adapter, or is wrapped in FullyShardedDataParallel.
     """
     model = _unwrapped(model)
     layers = _adapters(model)
-    others = [name for name, _ in model.named_modules() if name not in layers]
+    if any(layer.own_base for layer in layers.values()):
+        warnings.warn(
+            "the adapter belongs to the base that 'loftq_N' has made, which its files do not hold: "
+            "save model.state_dict() as well",
+            stacklevel=2,
+        )
+    others = [n for name, _ in model.named_modules() if (n := _plain(name)) not in layers]
     content = _peft.to_file(layers, others, getattr(model, "name_or_path", None) or None)
-    tensors = {k: v.cpu().contiguous() for k, v in adapter_state_dict(model).items()}
-    _write(
-        Path(path),
-        json.dumps(content, indent=2, sort_keys=True).encode() + b"\n",
-        safetensors.torch.save(tensors, {"format": "pt"}),
-    )
+    state = adapter_state_dict(model)
+    tensors = {k: _sharded.whole(v).cpu().contiguous() for k, v in state.items()}
+    with _sharded.first_process(model.parameters()) as first:
+        if first:
+            _folder.write(
+                Path(path),
+                json.dumps(content, indent=2, sort_keys=True).encode() + b"\n",
+                safetensors.torch.save(tensors, {"format": "pt"}),
+            )
 
 
 def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
@@ -76,7 +101,8 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
 
     Args:
         model: has an adapter in the very same places, or none at all, and then gets one there on
-            its base as it is. Parameters keep their dtype and their dropout.
+            its base as it is. Parameters keep their dtype and their dropout. A model that is
+            spread over processes needs its adapter first; each process reads the folder.
         path: the folder.
 
     Returns:
@@ -85,72 +111,130 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
     Raises:
         FileNotFoundError: the folder or one of its two files is missing.
         ValueError: a file is truncated, corrupt or foreign, does not fit the model, or asks for
-            what peftkern does not have.
+            what peftkern does not have; or the model is spread over processes by
+            FullyShardedDataParallel, or otherwise and has no adapter yet.
         TypeError: a tensor is not float.
     """
     inner = _unwrapped(model)
-    content, tensors = _read(Path(path))
-    pairs = _pairs(tensors)
-    config = _peft.from_file(content, pairs)
-    for name, (a, _) in pairs.items():
-        if (r := _peft.of_module(config, name).r) != len(a):
-            raise ValueError(f"{name}.lora_A must have {r} rows as {CONFIG} says, got {len(a)}")
+    content, tensors = _folder.read(Path(path))
+    stored = _checked(tensors)
+    config = _peft.from_file(content, stored)
+    for name, parts in stored.items():
+        if (r := _peft.of_module(config, name).r) != (have := len(parts["lora_A"])):
+            raise ValueError(f"{name}.lora_A must have {r} rows as {CONFIG} says, got {have}")
+        if config.use_dora != ("lora_magnitude_vector" in parts):
+            raise ValueError(
+                f"{name} must have a lora_magnitude_vector where {CONFIG} says use_dora and only "
+                f"there, got {', '.join(parts)} and use_dora {config.use_dora}"
+            )
     if not adapters(inner):
-        _place(inner, pairs, config)
-    layers = adapters(inner)
-    _check_fit(pairs, {name: _shapes(layer) for name, layer in layers.items()})
+        _select.refuse_wrapped(model)
+        _place(inner, stored, config)
+    layers = _adapters(inner)
+    _check_fit(stored, {name: _shapes(layer) for name, layer in layers.items()})
     with torch.no_grad():
-        for name, (a, b) in pairs.items():
-            layers[name].lora_A.copy_(a)
-            layers[name].lora_B.copy_(b)
-            layers[name].rescale(_peft.of_module(config, name))
+        for name, parts in stored.items():
+            _fill(layers[name], parts)
+            layers[name].rescale(_peft.of_layer(config, name, layers[name]))
     return model
 
 
 def _adapters(model: nn.Module) -> dict[str, QLoRALinear]:
     if not (layers := adapters(_unwrapped(model))):
         raise ValueError("model must have an adapter (peftkern.adapt puts one in), got none")
-    return layers
+    _sharded.settle(model)
+    return {_plain(name): layer for name, layer in layers.items()}
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """torch.compile and DistributedDataParallel put one more name in front of every other."""
+    """DistributedDataParallel puts one more name in front of every other; so may torch.compile."""
     while (name := type(model).__name__) in ("OptimizedModule", "DistributedDataParallel"):
         model = model.get_submodule("_orig_mod" if name == "OptimizedModule" else "module")
     return model
 
 
-def _shapes(layer: QLoRALinear) -> tuple[list[int], list[int]]:
-    return list(layer.lora_A.shape), list(layer.lora_B.shape)
+def _plain(name: str) -> str:
+    """Without what torch.compile and torch's activation checkpointing put between."""
+    return re.sub(r"(^|(?<=\.))(_orig_mod|_checkpoint_wrapped_module)\.", "", name)
 
 
-def _place(model: nn.Module, pairs: dict[str, tuple[Tensor, Tensor]], config: LoraConfig) -> None:
+def _parts(layer: QLoRALinear) -> Parts:
+    """What a file holds of the layer."""
+    parts: dict[str, Tensor | None] = {"lora_A": layer.lora_A, "lora_B": layer.lora_B}
+    if layer.initial_A is not None and layer.initial_B is not None:
+        parts = {
+            "lora_A": torch.cat([_sharded.whole(layer.lora_A), layer.initial_A]),
+            "lora_B": torch.cat([_sharded.whole(layer.lora_B), -layer.initial_B], 1),
+        }
+    parts["lora_magnitude_vector"] = layer.lora_magnitude_vector
+    parts["bias"] = layer.bias if layer.trains_bias else None
+    return {name: part.detach() for name, part in parts.items() if part is not None}
+
+
+def _fill(layer: QLoRALinear, parts: Parts) -> None:
+    """The reverse of `_parts`."""
+    a, b = parts["lora_A"], parts["lora_B"]
+    if layer.initial_A is not None and layer.initial_B is not None:
+        layer.initial_A.copy_(a[layer.r :])
+        layer.initial_B.copy_(-b[:, layer.r :])
+    _sharded.fill(layer.lora_A, a[: layer.r])
+    _sharded.fill(layer.lora_B, b[:, : layer.r])
+    if layer.lora_magnitude_vector is not None:
+        _sharded.fill(layer.lora_magnitude_vector, parts["lora_magnitude_vector"])
+    if layer.bias is not None and "bias" in parts:
+        _sharded.fill(layer.bias, parts["bias"])
+
+
+# What is wanted of each part: its shape, and whether a file must have it.
+Wanted = dict[str, tuple[list[int], bool]]
+
+
+def _wanted(r: int, rows: int, columns: int, dora: bool, bias: bool, trains_bias: bool) -> Wanted:
+    wanted = {"lora_A": ([r, columns], True), "lora_B": ([rows, r], True)}
+    if dora:
+        wanted["lora_magnitude_vector"] = ([rows], True)
+    if bias:
+        wanted["bias"] = ([rows], trains_bias)
+    return wanted
+
+
+def _shapes(layer: QLoRALinear) -> Wanted:
+    has_bias = layer.bias is not None
+    size = (_peft.rank(layer), layer.out_features, layer.in_features)
+    return _wanted(*size, layer.use_dora, has_bias, layer.trains_bias)
+
+
+def _place(model: nn.Module, stored: dict[str, Parts], config: LoraConfig) -> None:
     planned = plan(model, [config])
     if planned.skipped:
         reasons = "; ".join(f"{s.name}: {s.reason}" for s in planned.skipped)
         raise ValueError(f"{TENSORS} must fit the model, got modules that cannot: {reasons}")
     fits = {}
     for module, (name, own) in planned.modules.items():
-        assert isinstance(module, nn.Linear)  # what else there is takes a config with a base alone
-        fits[name] = ([own.r, module.in_features], [module.out_features, own.r])
-    _check_fit(pairs, fits)
+        has_bias = module.bias is not None
+        fits[name] = _wanted(own.r, *_select.features(module), own.use_dora, has_bias, False)
+    _check_fit(stored, fits)
     place(model, planned)
 
 
-def _check_fit(
-    pairs: dict[str, tuple[Tensor, Tensor]], places: dict[str, tuple[list[int], list[int]]]
-) -> None:
+def _check_fit(stored: dict[str, Parts], places: dict[str, Wanted]) -> None:
     for title, names in (
-        ("the model has no such adapter", pairs.keys() - places.keys()),
-        ("the file lacks them", places.keys() - pairs.keys()),
+        ("the model has no such adapter", stored.keys() - places.keys()),
+        ("the file lacks them", places.keys() - stored.keys()),
     ):
         if names:
             raise ValueError(
                 f"{TENSORS} must hold the model's adapters, got {title}: {_listed(names)}"
             )
-    for name, have in pairs.items():
-        for part, tensor, want in zip("AB", have, places[name], strict=True):
-            _check.shape(f"{name}.lora_{part}", tensor, want)
+    for name, have in stored.items():
+        wanted = places[name]
+        missing = {part for part, (_, needed) in wanted.items() if needed} - have.keys()
+        if missing or have.keys() - wanted.keys():
+            raise ValueError(
+                f"{name} must have {', '.join(wanted)} as in the model, got {', '.join(have)}"
+            )
+        for part, tensor in have.items():
+            _check.shape(f"{name}.{part}", tensor, wanted[part][0])
 
 
 def _listed(names: Any) -> str:
@@ -158,100 +242,25 @@ def _listed(names: Any) -> str:
     return ", ".join(first[:8]) + (f" and {len(first) - 8} more" if len(first) > 8 else "")
 
 
-def _pairs(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of every module, checked against each other."""
-    parts: dict[str, dict[str, Tensor]] = {}
+def _checked(tensors: dict[str, Tensor]) -> dict[str, Parts]:
+    """The parts of every module, checked against each other."""
+    stored: dict[str, Parts] = {}
     foreign = []
     for key, tensor in tensors.items():
         if match := KEY.fullmatch(key):
-            parts.setdefault(match[1], {})[match[2]] = tensor
+            stored.setdefault(match[1], {})[PARTS[match[2]]] = tensor
         else:
             foreign.append(key)
-    if foreign or not parts:
+    if foreign or not stored:
         raise ValueError(
-            f"{TENSORS} must hold {PREFIX}<name>.lora_A.weight and lora_B.weight alone, "
-            f"got {_listed(foreign) or 'nothing'}"
+            f"{TENSORS} must hold {PREFIX}<name>.lora_A.weight and lora_B.weight, magnitudes and "
+            f"biases alone, got {_listed(foreign) or 'nothing'}"
         )
-    for name, pair in parts.items():
-        if pair.keys() != {"A", "B"}:
-            raise ValueError(f"{name} must have lora_A and lora_B, got lora_{''.join(pair)}")
-        for part, tensor in pair.items():
-            _check.dtype(f"{name}.lora_{part}", tensor)
-        _check.shape(f"{name}.lora_A", pair["A"], ["r", "in"])
-        _check.shape(f"{name}.lora_B", pair["B"], ["out", len(pair["A"])])
-    return {name: (pair["A"], pair["B"]) for name, pair in parts.items()}
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The pair that counts: where a save was killed after its commit, that of the new files."""
-    committed = (path / (CONFIG + NEW)).exists()
-    config = path / (CONFIG + NEW if committed else CONFIG)
-    tensors = path / (TENSORS + NEW)
-    if not (committed and tensors.exists()):
-        tensors = path / TENSORS
-    for file in (config, tensors):
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"path must be a folder with {CONFIG} and {TENSORS}, got {path}"
-            )
-    try:
-        content = json.loads(config.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{config.name} must be JSON, got {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{config.name} must hold an object, got {type(content).__name__}")
-    try:
-        with safe_open(tensors, "pt") as file:
-            return content, {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{tensors.name} must be a whole safetensors file, got {error}") from error
-
-
-def _write(path: Path, config: bytes, tensors: bytes) -> None:
-    """Two files cannot be replaced in one step, so the new pair is complete before it counts.
-
-    It counts from the moment `adapter_config.json.new` is there (`_read` knows); `_finish` moves it
-    to its names, at once or before the next save. Where the config stays the same, as in most
-    saves, the tensors are replaced in one step.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    _finish(path)
-    (path / (TENSORS + NEW)).unlink(missing_ok=True)  # of a save that was killed before it counted
-    if (path / CONFIG).is_file() and (path / CONFIG).read_bytes() == config:
-        _replace(path / TENSORS, tensors)
-        return
-    _replace(path / (TENSORS + NEW), tensors)
-    _replace(path / (CONFIG + NEW), config)
-    _finish(path)
-
-
-def _finish(path: Path) -> None:
-    """The config goes first: between the steps, peft finds none rather than one that lies."""
-    if (path / (CONFIG + NEW)).exists():
-        (path / CONFIG).unlink(missing_ok=True)
-        if (path / (TENSORS + NEW)).exists():
-            os.replace(path / (TENSORS + NEW), path / TENSORS)
-            _sync(path)  # the config must not be there before them, a power cut included
-        os.replace(path / (CONFIG + NEW), path / CONFIG)
-        _sync(path)
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """In one step, once the content is on the disk."""
-    temporary = file.with_name(file.name + ".tmp")
-    with open(temporary, "wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, file)
-    _sync(file.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Renames reach the disk with their folder; Windows has no way to ask for that."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    for name, parts in stored.items():
+        if not {"lora_A", "lora_B"} <= parts.keys():
+            raise ValueError(f"{name} must have lora_A and lora_B, got {', '.join(parts)}")
+        for part, tensor in parts.items():
+            _check.dtype(f"{name}.{part}", tensor)
+        _check.shape(f"{name}.lora_A", parts["lora_A"], ["r", "in"])
+        _check.shape(f"{name}.lora_B", parts["lora_B"], ["out", len(parts["lora_A"])])
+    return stored

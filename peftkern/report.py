@@ -98,7 +98,7 @@ def report(model: nn.Module) -> Report:
 
 def _row(name: str, layer: QLoRALinear, layers: list[QLoRALinear]) -> Row:
     weight = layer.quantized_weight
-    adapter_and_bias = [p for p in layer.parameters() if p is not layer.weight]
+    tensors = [*layer.parameters(), *layer.buffers()]
     stored = layer.weight.nbytes if weight is None else weight.nbytes
     dtype = str(layer.weight.dtype).removeprefix("torch.")
     return Row(
@@ -106,7 +106,7 @@ def _row(name: str, layer: QLoRALinear, layers: list[QLoRALinear]) -> Row:
         layer=type(layer).__name__,
         format=dtype if weight is None else weight.format.name,
         trainable=sum(p.numel() for p in layer.parameters() if p.requires_grad),
-        bytes=stored + sum(p.nbytes for p in adapter_and_bias),
+        bytes=stored + sum(t.nbytes for t in tensors if t is not layer.weight),
         mergeable="exact" if weight is None else f"no: {weight.format.bits}-bit base",
         vllm=_vllm(layer, layers),
     )
@@ -114,10 +114,14 @@ def _row(name: str, layer: QLoRALinear, layers: list[QLoRALinear]) -> Row:
 
 def _vllm(layer: QLoRALinear, layers: list[QLoRALinear]) -> str:
     """vLLM takes the scale of every module from the config's r and lora_alpha, patterns unread."""
+    if layer.use_dora:
+        return "no: DoRA"
+    if layer.trains_bias:
+        return "no: a trained bias"
     r, alpha, rslora = _peft.common(layers)
-    if (layer.r, _peft.alpha(layer, rslora)) != (r, alpha):
+    if (_peft.rank(layer), _peft.alpha(layer, rslora)) != (r, alpha):
         return "no: a rank or alpha of its own"
-    ranks = max(other.r for other in layers)
+    ranks = max(map(_peft.rank, layers))
     if ranks > VLLM_MAX_RANK:
         return f"no: r above {VLLM_MAX_RANK}"
     return "yes" if ranks <= VLLM_DEFAULT_RANK else f"yes, with max_lora_rank >= {ranks}"

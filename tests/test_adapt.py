@@ -160,7 +160,7 @@ def test_bitsandbytes_weights_are_taken_as_they_are(nested, base):
     torch.testing.assert_close(model(tokens()), expected)
 
 
-def test_a_transposed_weight_is_quantised_but_never_copied():
+def test_a_transposed_weight_is_quantised_in_the_order_of_its_rows():
     model = toy()
     convolution = model.layers[0].q_proj = Conv1D(32, 32)
     peftkern.adapt(model, LoraConfig(base="nf4", nested=False))
@@ -169,10 +169,45 @@ def test_a_transposed_weight_is_quantised_but_never_copied():
     assert (weight - convolution.weight.t()).abs().max() < 0.2 * convolution.weight.abs().max()
     torch.testing.assert_close(layer(x), reference.linear(x, weight, convolution.bias))
 
+
+@pytest.mark.parametrize("kind", ["Conv1D", "a view"])
+def test_a_transposed_weight_is_turned_round(kind):
+    model = toy()
+    linear = model.layers[0].gate_proj
+    if kind == "Conv1D":
+        linear = model.layers[0].gate_proj = Conv1D(64, 32)
+    else:
+        linear.weight = nn.Parameter(torch.randn(32, 64).t())
+    expected = model(tokens())
+    peftkern.adapt(model, LoraConfig())
+    layer = model.layers[0].gate_proj
+    assert isinstance(layer, QLoRALinear) and layer.weight.shape == (64, 32)
+    assert layer.weight.is_contiguous() and not layer.weight.requires_grad
+    torch.testing.assert_close(model(tokens()), expected)
+
+
+def test_a_transposed_weight_that_is_tied_stays_tied():
     model = toy()
     model.layers[0].q_proj = Conv1D(32, 32)
-    peftkern.adapt(model, LoraConfig())
-    assert "transposed" in reasons(model)["layers.0.q_proj"]
+    model.layers[1].q_proj = Conv1D(32, 32)
+    model.layers[1].q_proj.weight = model.layers[0].q_proj.weight
+    peftkern.adapt(model, LoraConfig(base="nf4"))
+    assert model.layers[1].q_proj.weight is model.layers[0].q_proj.weight
+    assert "tied to layers.1.q_proj" in reasons(model)["layers.0.q_proj"]
+
+
+def test_biases_train_where_that_is_asked_for():
+    model = peftkern.adapt(toy(), LoraConfig(target_modules=["q_proj"], bias="lora_only"))
+    ends = ("q_proj.bias", "q_proj.lora_A", "q_proj.lora_B")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"layers.{i}.{end}" for i in range(2) for end in ends}
+    peftkern.adapt(model, LoraConfig(target_modules=["gate_proj"]))
+    assert (
+        model.layers[0].q_proj.bias.requires_grad
+        and not model.layers[0].down_proj.bias.requires_grad
+    )
+    model(tokens()).sum().backward()
+    assert model.layers[0].q_proj.bias.grad.any()
 
 
 def test_hooks_move_along_and_their_handles_still_remove_them():
@@ -201,11 +236,20 @@ def test_an_adapted_model_can_be_copied():
     assert twin.layers[0].q_proj.weight.data_ptr() != model.layers[0].q_proj.weight.data_ptr()
 
 
-def test_the_config_of_peft_is_taken_where_it_means_the_same():
+@pytest.mark.parametrize(
+    "variant",
+    [
+        dict(init_lora_weights="gaussian"),
+        dict(init_lora_weights=False, use_dora=True),
+        dict(init_lora_weights="pissa", bias="lora_only"),
+        dict(init_lora_weights="pissa_niter_3"),
+        dict(init_lora_weights="olora", use_dora=True),
+    ],
+)
+def test_the_config_of_peft_is_taken_where_it_means_the_same(variant):
     options = dict(
         r=4, lora_alpha=6, lora_dropout=0.25, use_rslora=True, rank_pattern={"down_proj": 2},
-        target_modules=["q_proj", "down_proj"], exclude_modules=["0.q_proj"],
-        init_lora_weights="gaussian",
+        target_modules=["q_proj", "down_proj"], exclude_modules=["0.q_proj"], **variant,
     )  # fmt: skip
     models = []
     for config in (LoraConfig(**options), peft.LoraConfig(task_type="CAUSAL_LM", **options)):

@@ -4,10 +4,11 @@ import bitsandbytes as bnb
 import peft
 import pytest
 from models import assert_unchanged, placed, reasons, snapshot, toy
+from peft.tuners.lora.config import CordaConfig
 from torch import nn
 
 import peftkern
-from peftkern import LoraConfig, QLoRALinear
+from peftkern import LoraConfig
 
 
 def eight_bit_later(layer):
@@ -59,11 +60,6 @@ def on_meta(layer):
     return layer.to("meta")
 
 
-def transposed(layer):
-    layer.weight = nn.Parameter(layer.weight.t())
-    return layer
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -77,7 +73,6 @@ def transposed(layer):
         (patched_forward, "replaced on the instance"),
         (parametrised, "computed"),
         (on_meta, "meta"),
-        (transposed, "transposed"),
     ],
 )
 def test_what_does_not_fit_is_left_alone_with_its_reason(change, reason):
@@ -136,31 +131,27 @@ def test_a_linear_alone_has_no_place_for_an_adapter():
         peftkern.adapt(nn.Linear(4, 4), LoraConfig())
 
 
-def test_a_failure_on_the_way_leaves_the_model_unchanged(monkeypatch):
-    model, built = toy(), []
-    model.lm_head.requires_grad_(False)
+@pytest.mark.parametrize("later", [False, True], ids=["in one tuple", "one by one"])
+def test_dora_beside_plain_adapters_is_refused(later):
+    model = toy()
+    first, second = LoraConfig(target_modules=["q_proj"]), LoraConfig(use_dora=True)
+    if later:
+        peftkern.adapt(model, first)
     before = snapshot(model)
-    from_config = QLoRALinear.from_config
-
-    def fail_at_third(linear, config):
-        built.append(from_config(linear, config))
-        if len(built) == 3:
-            raise MemoryError("no more")
-        return built[-1]
-
-    monkeypatch.setattr(QLoRALinear, "from_config", fail_at_third)
-    with pytest.raises(MemoryError):
-        peftkern.adapt(model, LoraConfig())
+    with pytest.raises(ValueError, match="^use_dora must be the same"):
+        peftkern.adapt(model, second if later else (first, second))
     assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize(
     ("field", "options"),
     [
-        ("use_dora", dict(use_dora=True)),
         ("bias", dict(bias="all")),
         ("modules_to_save", dict(modules_to_save=["lm_head"])),
-        ("init_lora_weights", dict(init_lora_weights="pissa")),
+        ("eva_config", dict(init_lora_weights="eva")),
+        ("init_lora_weights", dict(init_lora_weights="orthogonal")),
+        ("init_lora_weights", dict(init_lora_weights="mica")),
+        ("corda_config", dict(init_lora_weights="corda", corda_config=CordaConfig())),
         ("layers_to_transform", dict(layers_to_transform=[0])),
         ("lora_bias", dict(lora_bias=True)),
         ("use_qalora", dict(use_qalora=True)),
@@ -197,7 +188,14 @@ def test_a_config_refuses_what_is_no_regular_expression(options):
         ("r", dict(r=0)),
         ("typo_proj", dict(rank_pattern={"typo_proj": 0})),
         ("lora_dropout", dict(lora_dropout=1.5)),
-        ("init_lora_weights", dict(init_lora_weights="pissa")),
+        ("init_lora_weights", dict(init_lora_weights="pizza")),
+        ("init_lora_weights", dict(init_lora_weights="pissa_niter_")),
+        ("init_lora_weights", dict(init_lora_weights=None)),
+        ("init_lora_weights", dict(init_lora_weights="loftq_0", base="nf4")),
+        ("base", dict(init_lora_weights="loftq")),
+        ("lora_alpha", dict(init_lora_weights="pissa", lora_alpha=0)),
+        ("q_proj", dict(init_lora_weights="corda", alpha_pattern={"q_proj": -1})),
+        ("bias", dict(bias="all")),
         ("format", dict(base="int3")),
         ("block_size", dict(block_size=48)),
     ],

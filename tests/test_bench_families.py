@@ -35,12 +35,16 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "part", ["decode", "decode_lora", "input_gradients", "training", "quantizing", "dequantizing"]
-)
+    "part",
+    [
+        "decode", "decode_lora", "input_gradients", "training", "training_dora", "quantizing",
+        "dequantizing",
+    ],
+)  # fmt: skip
 def test_every_contender_of_qlora_is_right(
     part: str, brief: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("DECODE", "PREFILL", "DECODE_LORA", "TRAIN", "STORE"):
+    for name in ("DECODE", "PREFILL", "DECODE_LORA", "TRAIN", "TRAIN_DORA", "STORE"):
         monkeypatch.setattr(qlora_bench, name, tuple(map(shrink, getattr(qlora_bench, name))))
     found = outcome(getattr(qlora_bench, part)(quick=True))
     bad = {key: said for key, said in found.items() if said.startswith(("wrong", "failed"))}

@@ -65,7 +65,7 @@ def save_killed_at(step, model, path, monkeypatch):
         return Torn()
 
     with monkeypatch.context() as patch:
-        patch.setattr("peftkern.files.open", opened, raising=False)
+        patch.setattr("peftkern._folder.open", opened, raising=False)
         for name in ("fsync", "replace"):
             patch.setattr(os, name, counted(getattr(os, name)))
         for name in ("unlink", "mkdir"):

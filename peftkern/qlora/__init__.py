@@ -1,8 +1,9 @@
 """LoRA on a quantised linear."""
 
 from peftkern.qlora.codes import dequantize, quantize
+from peftkern.qlora.config import LoraConfig
 from peftkern.qlora.format import Format, formats
-from peftkern.qlora.layer import LoraConfig, QLoRALinear
+from peftkern.qlora.layer import QLoRALinear
 from peftkern.qlora.ops import expert_linear, linear
 from peftkern.qlora.weight import QuantizedWeight
 

@@ -1,139 +1,120 @@
-"""LoRA on a frozen linear, quantised or dense: the drop-in layer, and the config that places it."""
+"""LoRA on a frozen linear, quantised or dense: the drop-in layer."""
 
 from __future__ import annotations
 
-import math
-import re
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftkern import _check
-from peftkern.qlora import bnb
-from peftkern.qlora.codes import quantize
-from peftkern.qlora.format import BLOCK_SIZES, Format, find_format
+from peftkern.qlora import bnb, dora, init
+from peftkern.qlora.config import SPLITTING, LoraConfig, quantized_base
+from peftkern.qlora.format import Format
 from peftkern.qlora.ops import linear
 from peftkern.qlora.weight import QuantizedWeight, stored_as
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """LoRA (Hu et al., 2021) on a base that may be quantised (Dettmers et al., 2023).
-
-    Args:
-        r: rank of the low-rank term, at least 1.
-        lora_alpha: the term's scale is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
-        lora_dropout: share of the input that the low-rank term does not see, in [0, 1].
-        use_rslora: rank-stabilised scale (Kalajdzievski, 2023).
-        init_lora_weights: True: A uniform as `nn.Linear` draws it, B zero; "gaussian": A normal
-            with deviation 1 / r, B zero; False: both uniform.
-        rank_pattern: other ranks, by name or regular expression, as in peft.
-        alpha_pattern: other values of lora_alpha, likewise.
-        target_modules: "all-linear" (every linear but the output head and routers), a list of name
-            endings, or a regular expression for the whole name.
-        exclude_modules: name endings, or a regular expression, that are left alone.
-        base: a format's name or a `Format` to quantise the base to; None keeps it as it is.
-        block_size, nested: of the quantised base; int8, which has neither, ignores both.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-
-    r: int = 16
-    lora_alpha: float = 32
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-    init_lora_weights: bool | str = True
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    target_modules: str | tuple[str, ...] | list[str] = "all-linear"
-    exclude_modules: str | tuple[str, ...] | list[str] = ()
-    base: str | Format | None = None
-    block_size: int = 64
-    nested: bool = True
-
-    def __post_init__(self) -> None:
-        for name, rank in [("r", self.r), *self.rank_pattern.items()]:
-            if rank < 1:
-                raise ValueError(f"{name} must be at least 1, got {rank}")
-        _check.probability("lora_dropout", self.lora_dropout)
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ValueError(
-                "init_lora_weights must be True, False or 'gaussian', "
-                f"got {self.init_lora_weights!r}"
-            )
-        expressions = [("rank_pattern", k) for k in self.rank_pattern]
-        expressions += [("alpha_pattern", k) for k in self.alpha_pattern]
-        for name, value in (("target", self.target_modules), ("exclude", self.exclude_modules)):
-            if isinstance(value, str):
-                expressions.append((f"{name}_modules", value))
-        for name, expression in expressions:
-            try:
-                re.compile(expression)
-            except re.error as error:
-                raise ValueError(
-                    f"{name} must be a regular expression, got {expression!r} ({error})"
-                ) from error
-        if self.base is not None and not find_format(self.base).in_blocks and self.block_size != 64:
-            raise ValueError(
-                f"block_size must be left out for {self.base}, whose rows have one scale each, "
-                f"got {self.block_size}"
-            )
-        if self.block_size not in BLOCK_SIZES:
-            raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
 
 
 class QLoRALinear(nn.Module):
     """y = x W^T + bias + scaling * (D(x) A^T) B^T; W and bias are frozen, A and B train.
 
+    With `use_dora` (Liu et al., 2024), m trains too and
+
+        y = (m / n) * (x W^T + scaling * (D(x) A^T) B^T) + bias,   n_i = |(W + scaling * B A)_i|,
+
+    where n has no gradient and m = n at first. So dropout concerns the low-rank term alone, as it
+    does without DoRA; in training peft drops from the share (m / n - 1) of the base product too.
+
+    A start that splits the weight ("pissa", "olora", "corda") leaves W as it is, and the low-rank
+    term is scaling * D(x) (B A - B0 A0)^T with frozen copies B0, A0 of the start: exactly zero at
+    first, on a quantised base too, for twice the rank.
+
     `state_dict` has the keys and bytes that bitsandbytes writes (`weight`, `weight.absmax`, …; for
-    int8 `weight`, `SCB`, `weight_format`) or one dense `weight`, `bias`, `lora_A` and `lora_B`.
+    int8 `weight`, `SCB`, `weight_format`) or one dense `weight`, `bias`, `lora_A` and `lora_B`;
+    `lora_magnitude_vector` is m `[out]`, and `initial_A`, `initial_B` are A0, B0.
 
     Args:
         weight: `[out, in]`, quantised or dense. Its storage is shared, never copied or changed.
         bias: `[out]` or None.
-        config: rank, scale, dropout and initialisation; its placement and base do not matter here.
+        config: rank, scale, dropout, start and variant; its placement and base do not matter here.
+        factors: A and B to start from, where they are not drawn or decomposed here.
 
     Shape:
         `[..., in]` -> `[..., out]`, in the input's dtype.
+
+    Raises:
+        ValueError: a start that this weight does not allow.
     """
 
+    initial_A: Tensor | None
+    initial_B: Tensor | None
+
     def __init__(
-        self, weight: QuantizedWeight | Tensor, bias: Tensor | None, config: LoraConfig
+        self,
+        weight: QuantizedWeight | Tensor,
+        bias: Tensor | None,
+        config: LoraConfig,
+        factors: init.Factors | None = None,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.r, self.lora_dropout = config.r, config.lora_dropout
         self.rescale(config)
+        a, b = init.factors(weight, config) if factors is None else factors
         self._quantized: QuantizedWeight | None = None
-        dtype = torch.float32
         if isinstance(weight, QuantizedWeight):
             self.weight = _frozen(weight.packed)
-            self._quantized = replace(weight, packed=self.weight)
+            self._quantized = weight.without_bytes()
         else:
             self.weight = _frozen(weight)
-            # At least float32, as in peft: small steps vanish in the sums of 16-bit parameters.
-            dtype = torch.promote_types(weight.dtype, dtype)
         self.bias = None if bias is None else _frozen(bias)
-        options: dict[str, Any] = {"device": weight.device, "dtype": dtype}
-        self.lora_A = nn.Parameter(torch.empty(config.r, self.in_features, **options))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.r, **options))
-        self._initialize(config.init_lora_weights)
+        self.trains_bias = self.bias is not None and config.bias == "lora_only"
+        if self.bias is not None:
+            self.bias.requires_grad_(self.trains_bias)
+        # At least float32, as in peft: small steps vanish in the sums of 16-bit parameters.
+        self.lora_A = nn.Parameter(a.contiguous(), requires_grad=config.start != "orthogonal")
+        self.lora_B = nn.Parameter(b.contiguous())
+        split = config.start in SPLITTING
+        self.register_buffer("initial_A", self.lora_A.detach().clone() if split else None)
+        self.register_buffer("initial_B", self.lora_B.detach().clone() if split else None)
+        # LoftQ's later rounds quantise other values than the weight's.
+        self.own_base = config.start == "loftq" and (config.start_number or 1) > 1
+        self._norms = dora.Norms()
+        self.lora_magnitude_vector: nn.Parameter | None = None
+        if config.use_dora:
+            self.lora_magnitude_vector = nn.Parameter(self.row_norms())
 
     def rescale(self, config: LoraConfig) -> None:
         """Takes the scale of the low-rank term from the config's alpha and rule."""
+        config = replace(config, r=self.r)
         self.lora_alpha, self.use_rslora = config.lora_alpha, config.use_rslora
-        self.scaling = config.lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
+        self.scaling = config.scaling
 
-    def _initialize(self, how: bool | str) -> None:
-        if how == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if how is False:
-            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+    @property
+    def use_dora(self) -> bool:
+        return self.lora_magnitude_vector is not None
+
+    def adapter(self) -> list[nn.Parameter]:
+        """The parameters that are not the frozen base's."""
+        names = ("lora_", "bias") if self.trains_bias else ("lora_",)
+        return [p for name, p in self.named_parameters() if name.startswith(names)]
+
+    def factors(self) -> init.Factors:
+        """A and B such that W + scaling * B A is what the layer multiplies by, DoRA apart.
+
+        Where a start is taken off again: B A - B0 A0 = (B - B0) A + B0 (A - A0), of rank 2 r and
+        exactly zero at first.
+        """
+        if self.initial_A is None or self.initial_B is None:
+            return self.lora_A, self.lora_B
+        a = torch.cat([self.lora_A, self.lora_A - self.initial_A])
+        return a, torch.cat([self.lora_B - self.initial_B, self.initial_B], 1)
+
+    def row_norms(self) -> Tensor:
+        """n of DoRA's equation, `[out]`, without a gradient."""
+        parts = (self.lora_A, self.lora_B, self.initial_A, self.initial_B)
+        made_of = [part for part in parts if part is not None]
+        return self._norms(self._base, *self.factors(), self.scaling, made_of)
 
     @classmethod
     def from_linear(
@@ -159,28 +140,39 @@ class QLoRALinear(nn.Module):
         return cls.from_config(linear, config)
 
     @classmethod
-    def from_config(cls, linear: nn.Module, config: LoraConfig) -> QLoRALinear:
-        weight: Tensor = linear.weight  # type: ignore[assignment]
-        base: QuantizedWeight | Tensor
-        if bnb.is_quantized(linear):
-            base = QuantizedWeight.from_bnb(linear)
-        elif config.base is None:
-            base = weight
-        else:
-            base = quantized_base(weight, config)
-        return cls(base, linear.bias, config).train(linear.training)  # type: ignore[arg-type]
+    def from_config(
+        cls, linear: nn.Module, config: LoraConfig, factors: init.Factors | None = None
+    ) -> QLoRALinear:
+        """As `from_linear`, of a config; `factors` as for the layer itself."""
+        base = base_of(linear)
+        if isinstance(base, Tensor):
+            if config.base is None:
+                base = base if base.is_contiguous() else base.detach().contiguous()
+            elif config.start == "loftq":
+                base, factors = init.loftq(base, config)
+            else:  # A and B come from the weight as it was
+                factors = factors or init.factors(base, config)
+                base = quantized_base(base, config)
+        return cls(base, linear.bias, config, factors).train(linear.training)  # type: ignore[arg-type]
 
     @property
     def quantized_weight(self) -> QuantizedWeight | None:
         """The base as its producer stores it; None for a dense base."""
-        if self._quantized is not None and self._quantized.packed is not self.weight:
-            self._quantized = replace(self._quantized, packed=self.weight)
-        return self._quantized
+        # Made anew, and not kept: `fully_shard` puts other parameters in the place of `weight`,
+        # and frees only what nobody holds on to.
+        return None if self._quantized is None else self._quantized.with_bytes(self.weight)
+
+    @property
+    def _base(self) -> QuantizedWeight | Tensor:
+        return self.quantized_weight or self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.quantized_weight or self.weight
         dropout = self.lora_dropout if self.training else 0.0
-        return linear(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
+        a, b = self.factors()
+        if self.lora_magnitude_vector is None:
+            return linear(x, self._base, self.bias, a, b, self.scaling, dropout)
+        product = linear(x, self._base, None, a, b, self.scaling, dropout)
+        return dora.rescale(product, self.lora_magnitude_vector, self.row_norms(), self.bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QLoRALinear:
         """The scales follow the packed bytes from device to device, and all keep their dtype.
@@ -196,8 +188,8 @@ class QLoRALinear(nn.Module):
 
         super()._apply(bits_kept, recurse)  # type: ignore[no-untyped-call]
         if self._quantized is not None:
-            moved = self._quantized.scales_to(self.weight.device)
-            self._quantized = replace(moved, packed=self.weight)
+            self._quantized = self._quantized.scales_to(self.weight.device)
+        self._norms = dora.Norms()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -226,8 +218,9 @@ class QLoRALinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, metadata, strict, missing, unexpected, errors
         )
+        self._norms = dora.Norms()
         if loaded is not None:
-            self._quantized = replace(loaded.scales_to(self.weight.device), packed=self.weight)
+            self._quantized = loaded.scales_to(self.weight.device).without_bytes()
 
     def extra_repr(self) -> str:
         weight = self.quantized_weight
@@ -237,16 +230,15 @@ class QLoRALinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
             f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, base={base}, "
-            f"bias={self.bias is not None}"
+            f"bias={self.bias is not None}" + ", dora=True" * self.use_dora
         )
 
 
-def quantized_base(weight: Tensor, config: LoraConfig) -> QuantizedWeight:
-    """The base that a config asks for; block size and nesting where its format has them."""
-    assert config.base is not None
-    if not (form := find_format(config.base)).in_blocks:
-        return quantize(weight, form)
-    return quantize(weight, form, config.block_size, config.nested)
+def base_of(linear: nn.Module) -> QuantizedWeight | Tensor:
+    """The weight of a linear as it is stored: quantised by bitsandbytes, or the very parameter."""
+    if bnb.is_quantized(linear):
+        return QuantizedWeight.from_bnb(linear)
+    return linear.weight  # type: ignore[return-value]
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -1,0 +1,113 @@
+"""A small case of every op, on every device and instruction set of this machine."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+
+from peftkern import _native
+from peftkern._verdict import Case, Verdict
+from peftkern.info import info
+from peftkern.qlora.cases import cases as qlora_cases
+
+# A family adds its own here: from a device to its cases.
+FAMILIES: tuple[Callable[[torch.device], Iterator[Case]], ...] = (qlora_cases,)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where cases run.
+
+    Args:
+        device: their tensors lie there.
+        isa: the instruction set, or a GPU's architecture.
+        entered: makes it so while a case runs.
+        interpreted: Triton's launchers stand in for the kernels, in Triton's interpreter.
+    """
+
+    device: torch.device
+    isa: str
+    entered: Callable[[], AbstractContextManager[object]]
+    interpreted: bool = False
+
+    def served_by(self, case: Case) -> str:
+        if self.interpreted:
+            return "Triton, interpreted"
+        kernels = _native.kernels()
+        found = (kernels[op][self.device.type] for op in case.ops)
+        return " + ".join(dict.fromkeys(found)).replace("reference", "plain torch")
+
+    def takes(self, case: Case) -> bool:
+        return not self.interpreted or _native.launchers.keys() >= set(case.ops)
+
+
+def places() -> list[Place]:
+    cpu = torch.device("cpu")
+    found = [Place(cpu, i, partial(_native.using_isa, i)) for i in _native.available_isas()]
+    found = found or [Place(cpu, "none", nullcontext)]
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+        launchers = partial(_native.Instead, _native.launchers)
+        found.append(Place(cpu, "none", launchers, interpreted=True))
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        found.append(Place(torch.device("cuda", i), f"sm_{major}{minor}", nullcontext))
+    return found
+
+
+def run() -> bool:
+    """Prints a line for every case as it runs, and at the end what this machine is.
+
+    Returns:
+        Whether all passed.
+    """
+    lines = [
+        (place, case)
+        for place in places()
+        for family in FAMILIES
+        for case in family(place.device)
+        if place.takes(case)
+    ]
+    columns = [
+        (str(place.device), place.isa, case.name, place.served_by(case)) for place, case in lines
+    ]
+    widths = [max(map(len, column)) for column in zip(*columns, strict=True)]
+    failures = 0
+    for (place, case), cells in zip(lines, columns, strict=True):
+        # Before it runs, so that a crash of the whole process shows where.
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        print(*padded, sep="  ", end="  ", flush=True)
+        passed, words, seconds = _outcome(place, case)
+        failures += not passed
+        print(f"{'pass' if passed else 'FAIL'}  {words}, {1000 * seconds:.0f} ms", flush=True)
+    print(f"\n{info()}\n")
+    if failures:
+        print(f"self-check FAILED: {failures} of {len(lines)} cases")
+    else:
+        print(f"self-check passed: {len(lines)} cases")
+    return not failures
+
+
+def _outcome(place: Place, case: Case) -> tuple[bool, str, float]:
+    """Whether it passed, in which words, after how many seconds."""
+    start = time.perf_counter()
+    try:
+        with place.entered(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing kernels: the line says what served it
+            worst = max(case.verdicts(), key=_badness)
+        passed, words = worst.passed, str(worst)
+    except Exception as error:  # one failure must not hide the others
+        reason = (str(error).splitlines() or [""])[0]
+        passed, words = False, f"{type(error).__name__}: {reason}"
+    return passed, words, time.perf_counter() - start
+
+
+def _badness(verdict: Verdict) -> tuple[bool, float]:
+    return not verdict.passed, verdict.error / verdict.allowed if verdict.allowed else 0.0
