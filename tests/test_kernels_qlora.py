@@ -28,3 +28,11 @@ def test_dequantize_is_the_reference(device, shape, block_size, nested, dtype, f
         torch.testing.assert_close(out, wanted, rtol=2**-7, atol=0)
     else:
         assert torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_scale_is_rounded_as_in_the_reference(device, format):
+    weight = quantized(torch.randn(400, 48), format).to(device)
+    out = torch.empty(weight.shape, device=device)
+    triton_qlora.dequantize(weight.buffers, weight.layout, out)
+    assert torch.equal(out, fallback.dense(weight.buffers, weight.layout)[0])

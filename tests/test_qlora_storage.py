@@ -211,11 +211,12 @@ def test_codes_may_lie_at_any_address(isa, format, offset):
     assert torch.equal(moved.dequantize(), weight.dequantize())
 
 
-def test_codes_that_somebody_has_converted_are_refused():
+@pytest.mark.parametrize("cast", [torch.float32, torch.float16])
+def test_codes_that_somebody_has_converted_are_refused(cast):
     """As peft's prepare_model_for_kbit_training does to every 16-bit parameter it knows not."""
     layer = layer_of(stored(torch.bfloat16))
-    layer.weight.data = layer.weight.data.float()
-    with pytest.raises(RuntimeError, match="packed must have 3072 elements, got 6144"):
+    layer.weight.data = layer.weight.data.to(cast)
+    with pytest.raises(TypeError, match=f"^weight must be torch.bfloat16, got {cast}"):
         layer(torch.randn(3, COLUMNS))
 
 
