@@ -2,8 +2,10 @@
 
 from peftkern import qlora
 from peftkern.adapt import Skipped, adapt, trainable_parameters
+from peftkern.explain import explain
 from peftkern.files import adapter_state_dict, load_adapter, save_adapter
 from peftkern.info import Info, info
+from peftkern.optimize import optimize, register, restore
 from peftkern.qlora import LoraConfig, QLoRALinear
 from peftkern.report import Report, Row, report
 
@@ -16,10 +18,14 @@ __all__ = [
     "Skipped",
     "adapt",
     "adapter_state_dict",
+    "explain",
     "info",
     "load_adapter",
+    "optimize",
     "qlora",
+    "register",
     "report",
+    "restore",
     "save_adapter",
     "trainable_parameters",
 ]

@@ -1,0 +1,73 @@
+"""Toy models as peft and bitsandbytes make them, for the tests of `optimize`."""
+
+import bitsandbytes as bnb
+import peft
+import torch
+from models import disturb, toy
+from torch import nn
+
+import peftkern
+from peftkern import _swapped
+
+ENDS = ("q_proj", "gate_proj", "down_proj")
+
+
+def linear4bit(linear, quant_type="nf4", cls=bnb.nn.Linear4bit, **options):
+    layer = cls(
+        linear.in_features, linear.out_features, bias=linear.bias is not None, **options,
+        **({"quant_type": quant_type} if cls is bnb.nn.Linear4bit else {}),
+    )  # fmt: skip
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")  # quantises
+
+
+def quantised(model, **options):
+    """Rows of whole blocks of 64, since bitsandbytes reads others wrongly on AVX-512 CPUs."""
+    for block in model.layers:
+        for end in ENDS:
+            setattr(block, end, linear4bit(getattr(block, end), **options))
+    model.is_loaded_in_4bit = True  # as transformers sets it
+    return model
+
+
+def adapted(base="nf4", seed=0, dtype=torch.float32, quantising=None, **options):
+    """In training mode, in which bitsandbytes leaves its weights as they are."""
+    model = toy(seed=seed, width=64).to(dtype)
+    if base is not None:
+        quantised(model, quant_type=base, **(quantising or {}))
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, **{"target_modules": ["q_proj", "down_proj"]} | options
+    )
+    return disturb(peft.get_peft_model(model, config)).train()
+
+
+def layer(model, name="layers.0.q_proj"):
+    return model.get_submodule(f"base_model.model.{name}")
+
+
+def swapped(model):
+    prefix = "base_model.model."
+    return [
+        n.removeprefix(prefix) for n, m in model.named_modules() if isinstance(m, _swapped.Swapped)
+    ]
+
+
+def reasons(report):
+    return {s.name.removeprefix("base_model.model."): s.reason for s in report.skipped}
+
+
+def dense(layer):
+    """Its base weight as everyone decodes it, and its low-rank terms, in plain torch."""
+    weight = layer.base_layer.weight
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        weight = peftkern.qlora.QuantizedWeight.from_bnb(weight).dequantize(torch.float32)
+    return weight.detach()
+
+
+def truth(x, weight, bias, *terms):
+    """What a LoRA layer computes; terms are A, B and scale of each adapter."""
+    y = nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    for a, b, scale in zip(terms[::3], terms[1::3], terms[2::3], strict=True):
+        y = y + scale * (x @ a.to(x.dtype).t() @ b.to(x.dtype).t())
+    return y

@@ -1,0 +1,389 @@
+"""`optimize`: the same outputs and gradients as before, on our kernels where they serve."""
+
+import copy
+
+import bitsandbytes as bnb
+import peft
+import pytest
+import torch
+from close import assert_as_good
+from models import disturb, tokens, toy
+from peft_models import adapted, dense, layer, linear4bit, quantised, reasons, swapped, truth
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import peftkern
+
+BASES = (None, "nf4")
+
+
+def parts(layer, names=None):
+    """Base weight and bias, then A, B and scale of each adapter."""
+    bias = layer.base_layer.bias
+    found = [dense(layer), None if bias is None else bias.detach()]
+    for name in layer.active_adapters if names is None else names:
+        found += [layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()]
+        found += [layer.scaling[name]]
+    return found
+
+
+def runs_ours(layer):
+    return peftkern.explain(layer).splitlines()[1].startswith("runs      peftkern.qlora")
+
+
+def with_second_adapter(model, **options):
+    config = peft.LoraConfig(r=4, lora_alpha=2, target_modules=["q_proj"], **options)
+    model.add_adapter("second", config)
+    for name, parameter in model.named_parameters():
+        if "second" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [
+        (None, dict()),
+        (None, dict(adapters="as the base")),
+        ("nf4", dict()),
+        ("nf4", dict(adapters="as the base")),
+        ("nf4", dict(quantising=dict(compress_statistics=False))),
+        ("nf4", dict(quantising=dict(quant_storage=torch.bfloat16))),
+        ("nf4", dict(use_rslora=True)),
+        ("nf4", dict(rank_pattern={"q_proj": 7}, alpha_pattern={"q_proj": 3})),
+    ],
+)
+def test_the_output_is_the_base_plus_the_adapter(base, options, dtype):
+    options = dict(options)
+    cast = options.pop("adapters", None)
+    model = adapted(base, dtype=dtype, **options)
+    if cast:
+        model.to(dtype)
+    report, x = peftkern.optimize(model), torch.randn(3, 5, 64).to(dtype)
+    assert report.skipped == [] and len(report.rows) == (6 if base else 4)
+    for name in ("layers.0.q_proj", "layers.1.down_proj"):
+        one = layer(model, name)
+        assert runs_ours(one)
+        y = torch.randn(2, one.in_features).to(dtype) if one.in_features != 64 else x
+        assert_as_good(one(y).detach(), truth, y, *parts(one))
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_gradients_are_those_of_peft(base):
+    model = adapted(base, bias="lora_only" if base is None else "none")
+    one, x = layer(model), torch.randn(3, 5, 64, requires_grad=True)
+    trained = [p for p in one.parameters() if p.requires_grad]
+    inputs = [x, *trained]
+    assert len(trained) == (3 if base is None else 2)
+    theirs = [one(x).square().sum()]
+    theirs += torch.autograd.grad(theirs[0], inputs)
+    peftkern.optimize(model)
+    ours = [one(x).square().sum()]
+    ours += torch.autograd.grad(ours[0], inputs)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-4)
+
+
+def test_a_linear_of_bitsandbytes_alone_is_served(device):
+    for cls, options in ((bnb.nn.Linear4bit, {}), (bnb.nn.LinearNF4, {})):
+        for bias in (False, True):
+            model = nn.Sequential(linear4bit(nn.Linear(64, 96, bias=bias), cls=cls, **options))
+            x = torch.randn(3, 64, requires_grad=True)
+            theirs = model(x)
+            (grad,) = torch.autograd.grad(theirs.square().sum(), x)
+            (row,) = peftkern.optimize(model).rows
+            assert (row.layer, row.format) == (f"bitsandbytes.{cls.__name__}", "nf4")
+            ours = model(x)
+            torch.testing.assert_close(ours, theirs)
+            torch.testing.assert_close(torch.autograd.grad(ours.square().sum(), x)[0], grad)
+            peftkern.restore(model)
+            assert type(model[0]) is cls
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_several_adapters_run_in_one_pass(base):
+    model = with_second_adapter(adapted(base))
+    peftkern.optimize(model)
+    model.base_model.set_adapter(["default", "second"])
+    one, x = layer(model), torch.randn(6, 64)
+    assert runs_ours(one) and "adapters default of rank 4, second of rank 4" in peftkern.explain(
+        one
+    )
+    assert_as_good(one(x).detach(), truth, x, *parts(one, ["default", "second"]))
+    gradients = [p for p in one.parameters() if p.requires_grad]
+    assert len(gradients) == 4
+    ours = torch.autograd.grad(one(x).square().sum(), gradients)
+    peftkern.restore(model)
+    theirs = torch.autograd.grad(one(x).square().sum(), gradients)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-4)
+
+
+def test_several_adapters_with_dropout_are_left_to_peft():
+    model = with_second_adapter(adapted("nf4", lora_dropout=0.5))
+    peftkern.optimize(model)
+    model.base_model.set_adapter(["default", "second"])
+    assert "several adapters with dropout" in peftkern.explain(layer(model))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    assert runs_ours(layer(model))
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_may_mix_adapters(base, dtype):
+    model = with_second_adapter(adapted(base, dtype=dtype))
+    report = peftkern.optimize(model)
+    assert report.skipped == []
+    one, x = layer(model), torch.randn(4, 3, 64).to(dtype)
+    names = ["second", "__base__", "default", "second"]
+    y = one(x, adapter_names=names).detach()
+    for i, name in enumerate(names):
+        mine = [] if name == "__base__" else [name]
+        assert_as_good(y[i], truth, x[i], *parts(one, mine))
+    whole = model(tokens(shape=(4, 5)), adapter_names=names) if not model.training else None
+    model.eval()
+    whole = model(tokens(shape=(4, 5)), adapter_names=names)
+    for i, name in enumerate(names):
+        alone = model(tokens(shape=(4, 5))[i : i + 1], adapter_names=[name])
+        torch.testing.assert_close(whole[i], alone[0], rtol=2e-2, atol=2e-2)
+
+
+def test_a_mixed_batch_of_several_ranks_is_left_to_peft():
+    model = with_second_adapter(adapted("nf4"), rank_pattern={"q_proj": 3})
+    one, x = layer(model), torch.randn(2, 64, requires_grad=True)
+    names = ["second", "default"]
+    theirs = one(x, adapter_names=names)
+    peftkern.optimize(model)
+    assert torch.equal(one(x, adapter_names=names), theirs)
+
+
+def test_the_refusals_of_peft_are_still_its_own():
+    model = with_second_adapter(adapted("nf4"))
+    peftkern.optimize(model)
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        layer(model)(torch.randn(2, 64), adapter_names=["second"])
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_disabled_adapters_leave_the_base_alone(base):
+    model = adapted(base)
+    peftkern.optimize(model)
+    one, x = layer(model), torch.randn(3, 64)
+    with_adapter = one(x)
+    with model.disable_adapter():
+        assert runs_ours(one) == (base is not None)
+        assert_as_good(one(x).detach(), truth, x, *parts(one, []))
+    assert torch.equal(one(x), with_adapter)
+
+
+@pytest.mark.filterwarnings("ignore:Merge lora:UserWarning", "ignore:Unmerge lora:UserWarning")
+@pytest.mark.parametrize("base", BASES)
+def test_merged_adapters_are_in_the_base_until_they_are_taken_out(base):
+    model = adapted(base)
+    twin = copy.deepcopy(model)
+    peftkern.optimize(model)
+    one, other, x = layer(model), layer(twin), torch.randn(3, 64, requires_grad=True)
+    before = one(x)
+    for change in ("merge_adapter", "unmerge_adapter"):
+        getattr(model.base_model, change)(), getattr(twin.base_model, change)()
+        torch.testing.assert_close(one(x), other(x))
+        assert runs_ours(one) == (base is not None or change == "unmerge_adapter")
+    assert swapped(model)
+    if base is None:
+        torch.testing.assert_close(one(x), before)
+    model.base_model.merge_adapter(), twin.base_model.merge_adapter()
+    with model.disable_adapter(), twin.disable_adapter():  # for which peft takes them out
+        torch.testing.assert_close(one(x), other(x))
+    assert not one.merged
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (dict(use_dora=True), "DoRA"),
+        (dict(lora_bias=True), "lora_bias"),
+    ],
+)
+@pytest.mark.parametrize("base", BASES)
+def test_what_our_kernels_do_not_serve_is_bit_for_bit_what_it_was(base, options, reason):
+    model = adapted(base, **options)
+    expected = model(tokens())
+    report = peftkern.optimize(model)
+    rows = {row.layer for row in report.rows}
+    assert rows == ({"bitsandbytes.Linear4bit"} if base else set())
+    assert reason in reasons(report)["layers.0.q_proj"] and len(report.skipped) == 4
+    assert reason in peftkern.explain(layer(model))
+    if base is None:  # in a quantised model the layers without an adapter run on our kernels
+        assert torch.equal(model(tokens()), expected)
+    x = torch.randn(3, 64, requires_grad=True)
+    ours = layer(model)(x)
+    peftkern.restore(model)
+    assert torch.equal(layer(model)(x), ours)
+
+
+def test_a_switch_of_adapters_switches_the_path():
+    model = with_second_adapter(adapted("nf4", use_dora=True))
+    peftkern.optimize(model)
+    one, x = layer(model), torch.randn(3, 64, requires_grad=True)
+    assert not runs_ours(one)
+    model.set_adapter("second")
+    assert runs_ours(one)
+    assert_as_good(one(x).detach(), truth, x.detach(), *parts(one, ["second"]))
+    model.delete_adapter("default")
+    assert runs_ours(one)
+    model.delete_adapter("second")
+    assert "base alone" in peftkern.explain(one)
+    assert_as_good(one(x).detach(), truth, x.detach(), *parts(one, []))
+
+
+def test_an_adapter_added_later_runs_too():
+    model = adapted("nf4")
+    peftkern.optimize(model)
+    before = swapped(model)
+    with_second_adapter(model).set_adapter("second")
+    one, x = layer(model), torch.randn(3, 64)
+    assert swapped(model) == before and runs_ours(one)
+    assert_as_good(one(x).detach(), truth, x, *parts(one, ["second"]))
+
+
+def test_modules_to_save_are_left_to_peft():
+    model = adapted("nf4", modules_to_save=["lm_head"])
+    head = layer(model, "lm_head")
+    expected = model(tokens())
+    peftkern.optimize(model)
+    assert type(head) is type(layer(model, "lm_head"))
+    torch.testing.assert_close(model(tokens()), expected)
+    model(tokens()).sum().backward()
+    assert head.modules_to_save["default"].weight.grad is not None
+
+
+def test_transposed_weights_and_embeddings_are_left_to_peft():
+    model = toy(width=64)
+    model.layers[0].q_proj = Conv1D(64, 64)
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "embed"], fan_in_fan_out=False)
+        model = disturb(peft.get_peft_model(model, config))
+    expected = model(tokens())
+    found = reasons(peftkern.optimize(model))
+    assert swapped(model) == ["layers.1.q_proj"]
+    assert "transposed" in found["layers.0.q_proj"] and "transposed" in peftkern.explain(
+        layer(model)
+    )
+    assert found["embed"] == "peftkern has no kernel for lora.Embedding"
+    torch.testing.assert_close(model(tokens()), expected)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_dropout_drops_at_its_rate_and_not_in_eval(base):
+    model = adapted(base, lora_dropout=0.25)
+    peftkern.optimize(model)
+    one = layer(model)
+    with torch.no_grad():
+        one.lora_A["default"].weight.fill_(1)
+        one.lora_B["default"].weight.fill_(1)
+    x = torch.full((400, 64), 1 / 64)
+    low_rank = one(x) - truth(x, *parts(one, []))
+    shares = low_rank[:, 0] / (4 * one.scaling["default"])  # of the input that is kept, over 0.75
+    assert shares.mean().item() == pytest.approx(1, abs=0.02) and shares.std() > 0.05
+    model.eval()
+    assert_as_good(one(x).detach(), truth, x, *parts(one))
+
+
+@pytest.mark.parametrize("compute", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_output_has_the_dtype_that_it_had(dtype, compute, autocast):
+    for base in BASES:
+        model = adapted(base, dtype=dtype, quantising=dict(compute_dtype=compute))
+        one, bias = layer(model), layer(model).base_layer.bias
+        alone = layer(model, "layers.0.gate_proj") if base else None
+        x = torch.randn(3, 64).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            theirs = [m(x).dtype for m in (one, alone) if m is not None]
+            bias.data = bias.data.to(dtype)  # which bitsandbytes has cast in place
+            peftkern.optimize(model)
+            ours = [m(x).dtype for m in (one, alone) if m is not None]
+        assert ours == theirs and bias.dtype == dtype
+
+
+def test_a_narrower_compute_dtype_is_computed_in():
+    model = adapted("nf4", quantising=dict(compute_dtype=torch.bfloat16))
+    peftkern.optimize(model)
+    one, x = layer(model), torch.randn(3, 64)
+    assert torch.equal(one(x), one(x.bfloat16()).float())
+    assert not torch.equal(one(x), one(x.double()).float())
+
+
+def test_restore_gives_back_every_class_and_bit():
+    model = adapted("nf4")
+    before = [(type(m), set(vars(m))) for m in model.modules()]
+    expected = model(tokens())
+    peftkern.optimize(model)
+    model(tokens())
+    assert [type(m) for m in model.modules()] != [cls for cls, _ in before]
+    peftkern.restore(model)
+    assert [(type(m), set(vars(m))) for m in model.modules()] == before
+    assert torch.equal(model(tokens()), expected)
+
+
+def test_a_second_call_swaps_nothing_and_says_so():
+    model = adapted("nf4")
+    first = peftkern.optimize(model)
+    classes, expected = [type(m) for m in model.modules()], model(tokens())
+    second = peftkern.optimize(model)
+    assert [type(m) for m in model.modules()] == classes and second.rows == first.rows
+    assert set(reasons(second).values()) == {"optimized already"} and len(second.skipped) == 6
+    assert peftkern.report(model).rows == first.rows and peftkern.report(model).skipped == []
+    assert torch.equal(model(tokens()), expected)
+
+
+def test_the_report_tells_what_runs_and_what_does_not():
+    model = quantised(toy(width=64))
+    model.layers[0].q_proj = linear4bit(nn.Linear(64, 64), quant_storage=torch.uint8)
+    model.layers[0].q_proj.weight.quant_state.packing_format_for_cpu = True
+    model = disturb(peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"])))
+    report = peftkern.optimize(model)
+    assert len(report.rows) == 5 and "repacked" in reasons(report)["layers.0.q_proj"]
+    rows = {row.name.removeprefix("base_model.model."): row for row in report.rows}
+    one, alone = rows["layers.1.q_proj"], rows["layers.1.gate_proj"]
+    assert (one.layer, one.format, one.mergeable, one.vllm) == (
+        "lora.Linear4bit", "nf4", "by peft", "yes",
+    )  # fmt: skip
+    scales = 64 + 4 + 4 * 256 + 4 + 4 * 16  # codes, their scale, map, offset, codebook
+    assert one.trainable == 512 and one.bytes == 64 * 32 + scales + 4 * 64 + 4 * 512
+    assert (alone.trainable, alone.mergeable) == (0, "no: no adapter")
+    hidden = 64 * 32 - 64 * 64 // 2  # of the repacked one, whose bytes count as parameters
+    whole = sum(p.numel() for p in toy(width=64).parameters()) + 2 * 512 - 64 * 32
+    assert report.parameters == whole + hidden
+    text = str(report)
+    assert "left out: base_model.model.layers.*.q_proj: bitsandbytes has repacked it" in text
+
+
+def test_a_model_without_such_layers_is_told_of_its_linears():
+    model = toy()
+    report = peftkern.optimize(model)
+    assert report.rows == [] and len(report.skipped) == 9
+    assert {s.reason for s in report.skipped} == {
+        "neither adapted by peft nor quantised by bitsandbytes"
+    }
+    assert "layers.*.q_proj: neither" in str(report) and "(2 modules)" in str(report)
+
+
+def test_layers_of_one_rank_of_their_own_do_not_load_in_vllm():
+    model = adapted("nf4", rank_pattern={"0.down_proj": 32}, alpha_pattern={"0.down_proj": 48})
+    rows = {
+        row.name.removeprefix("base_model.model."): row for row in peftkern.optimize(model).rows
+    }
+    assert rows["layers.0.down_proj"].vllm == "no: a rank or alpha of its own"
+    assert rows["layers.0.q_proj"].vllm == "yes, with max_lora_rank >= 32"
+
+
+def test_what_is_no_model_is_refused():
+    for call in (peftkern.optimize, peftkern.restore):
+        with pytest.raises(TypeError, match="^model must be an nn.Module or a pipeline .* got int"):
+            call(3)
+    with pytest.raises(TypeError, match="^layer must be an nn.Module, got int"):
+        peftkern.explain(3)
