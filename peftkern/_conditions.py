@@ -227,6 +227,8 @@ def _of_input(
     base: Any, adapters: list[Adapter], x: Tensor, names: Sequence[str] | None
 ) -> str | None:
     weight, device = base._parameters["weight"], x.device
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func calls it, which our gradient does not know"
     if x.dtype not in _check.FLOATS:
         return f"its input is {x.dtype}, not float"
     if x.dim() == 0 or x.shape[-1] != base.in_features:

@@ -1,0 +1,312 @@
+"""Swapped layers in the hands of torch, peft and accelerate: they do all that they did."""
+
+import copy
+import io
+import pickle
+
+import peft
+import pytest
+import torch
+from accelerate.hooks import (
+    AlignDevicesHook,
+    ModelHook,
+    add_hook_to_module,
+    remove_hook_from_module,
+)
+from models import disturb, tokens, toy
+from peft_models import adapted, layer, quantised, swapped
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import peftkern
+from peftkern import _swapped
+
+BASES = (None, "nf4")
+
+
+def saved(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_parameters_names_and_keys_stay_what_they_were(base):
+    model = adapted(base)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+    def facts():
+        named = list(model.named_parameters())
+        parameters = [(n, id(p), p.data_ptr(), p.requires_grad) for n, p in named]
+        names = [(n, id(m)) for n, m in model.named_modules()]
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        return parameters, names, state, peft.get_peft_model_state_dict(model)
+
+    before = facts()
+    peftkern.optimize(model)
+    model(tokens()).square().mean().backward()
+    after = facts()
+    assert before[:2] == after[:2]
+    for old, new in zip(before[2:], after[2:], strict=True):
+        assert list(old) == list(new) and all(torch.equal(old[k], new[k]) for k in old)
+    one = layer(model)
+    old = one.lora_A["default"].weight.clone()
+    optimizer.step()
+    assert not torch.equal(one.lora_A["default"].weight, old)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved],
+    ids=["deepcopy", "pickle", "save"],
+)
+@pytest.mark.parametrize("base", BASES)
+def test_copies_compute_the_same_and_live_apart(base, copied):
+    model = adapted(base)
+    peftkern.optimize(model)
+    expected = model(tokens())
+    twin = copied(model)
+    assert swapped(twin) == swapped(model)
+    assert torch.equal(twin(tokens()), expected)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert not torch.equal(twin(tokens()), expected)
+    assert torch.equal(model(tokens()), expected)
+
+
+def test_the_weight_is_read_anew_where_it_has_changed():
+    model = adapted("nf4")
+    peftkern.optimize(model)
+    one, x = layer(model), torch.randn(3, 64)
+    y = one(x)
+    weight = _swapped.weight_of(one)
+    assert _swapped.weight_of(one) is weight
+    other, state = layer(adapted("nf4", seed=3)), one.base_layer.weight.quant_state
+    cases = {
+        "another parameter": lambda: setattr(one.base_layer, "weight", other.base_layer.weight),
+        "other data": lambda: setattr(
+            one.base_layer.weight, "data", other.base_layer.weight.data.clone()
+        ),
+        "another state": lambda: setattr(
+            one.base_layer.weight, "quant_state", copy.copy(one.base_layer.weight.quant_state)
+        ),
+        "other scales": lambda: setattr(
+            one.base_layer.weight.quant_state, "absmax", state.absmax.clone()
+        ),
+    }
+    for name, change in cases.items():
+        weight = _swapped.weight_of(one)
+        change()
+        assert _swapped.weight_of(one) is not weight, name
+    one.base_layer.weight.data.zero_()  # in place: the storage is shared
+    assert not torch.equal(one(x), y)
+    assert _swapped.weight_of(one).packed.eq(0).all()
+
+
+def test_a_moved_model_still_runs(device):
+    model = adapted("nf4")
+    peftkern.optimize(model)
+    expected = model(tokens())
+    model.to(device)
+    torch.testing.assert_close(model(tokens().to(device)).cpu(), expected)
+    assert "cpu" in peftkern.explain(layer(model)) or device.type != "cpu"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_dropout_repeats_itself(reentrant):
+    model = adapted("nf4", lora_dropout=0.5)
+    peftkern.optimize(model)
+    one = layer(model)
+
+    def step(run, seed):
+        torch.manual_seed(seed)
+        x = torch.linspace(-1, 1, 20 * 64).view(20, 64).requires_grad_()
+        model.zero_grad()
+        loss = run(x).square().sum()
+        loss.backward()
+        return loss, x.grad, *(p.grad for p in one.parameters() if p.requires_grad)
+
+    plain = step(one, 7)
+    replayed = step(lambda x: checkpoint(one, x, use_reentrant=reentrant), 7)
+    assert len(plain) == 4 and all(map(torch.equal, replayed, plain))
+    assert not any(map(torch.equal, step(one, 8), plain))
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("layers.0.q_proj", "inductor"),
+        ("layers.0.q_proj", "aot_eager"),
+        ("layers.0.gate_proj", "aot_eager"),
+        ("several", "aot_eager"),
+    ],
+)
+@pytest.mark.parametrize("base", BASES)
+def test_a_swapped_layer_compiles_whole(base, name, backend):
+    model = adapted(base)
+    if name == "several":
+        model.add_adapter("second", peft.LoraConfig(r=3, target_modules=["q_proj"]))
+        disturb(model)
+    peftkern.optimize(model)
+    if name == "several":
+        model.base_model.set_adapter(["default", "second"])
+    one = layer(model, "layers.0.q_proj" if name == "several" else name)
+    x = torch.randn(6, 64, requires_grad=True)
+    inputs = [x, *(p for p in one.parameters() if p.requires_grad)]
+    torch._dynamo.reset()
+    results = []
+    for run in (one, torch.compile(one, fullgraph=True, backend=backend)):
+        y = run(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for eager, whole in zip(*results, strict=True):
+        torch.testing.assert_close(whole, eager)
+
+
+def test_hooks_of_torch_still_fire_and_on_inner_layers_take_the_layer_back():
+    model, calls = adapted("nf4"), []
+    one, x = layer(model), torch.randn(3, 64)
+    peftkern.optimize(model)
+    handles = [
+        one.register_forward_pre_hook(lambda *args: calls.append("pre")),
+        one.register_forward_hook(lambda *args: calls.append("post")),
+        one.register_full_backward_hook(lambda *args: calls.append("backward")),
+    ]
+    one(x.requires_grad_()).sum().backward()
+    assert calls == ["pre", "post", "backward"]
+    for handle in handles:
+        handle.remove()
+    for inner in (one.base_layer, one.lora_A["default"], one.lora_B["default"]):
+        calls.clear()
+        handle = inner.register_forward_hook(lambda *args: calls.append("inner"))
+        assert f"inner {type(inner).__name__} has hooks" in peftkern.explain(one)
+        one(x)
+        assert calls == ["inner"]
+        handle.remove()
+        assert "has hooks" not in peftkern.explain(one)
+
+
+class Counting(ModelHook):
+    def __init__(self):
+        self.calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return args, kwargs
+
+
+def calls_ours(monkeypatch, one, x):
+    seen = []
+    with monkeypatch.context() as patch:
+        real = _swapped.linear
+        patch.setattr(_swapped, "linear", lambda *args: seen.append(1) or real(*args))
+        y = one(x)
+    return bool(seen), y
+
+
+def test_a_hook_of_accelerate_calls_our_forward_and_comes_off_again(monkeypatch):
+    model, hook, x = adapted("nf4"), Counting(), torch.randn(3, 64)
+    one = layer(model)
+    expected = one(x)
+    add_hook_to_module(one, hook)
+    peftkern.optimize(model)
+    ours, y = calls_ours(monkeypatch, one, x)
+    assert ours and hook.calls == 1
+    torch.testing.assert_close(y, expected)
+    peftkern.restore(model)
+    assert not calls_ours(monkeypatch, one, x)[0] and hook.calls == 2
+    assert one._old_forward.__func__ is peft.tuners.lora.bnb.Linear4bit.forward
+    peftkern.optimize(model)
+    remove_hook_from_module(one)  # leaves the method on the instance
+    assert calls_ours(monkeypatch, one, x)[0] and hook.calls == 2
+    peftkern.restore(model)
+    assert one.forward.__func__ is peft.tuners.lora.bnb.Linear4bit.forward
+    assert torch.equal(one(x), expected)
+    peftkern.optimize(model)  # with the method that accelerate left there
+    assert calls_ours(monkeypatch, one, x)[0]
+
+
+def test_hooks_that_accelerate_puts_on_every_leaf_do_not_slow_anything(monkeypatch):
+    """As after transformers' device_map, which is how quantised models are mostly loaded."""
+    model, x = adapted("nf4"), torch.randn(3, 64)
+    peftkern.optimize(model)
+    one = layer(model)
+    for module in one.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            add_hook_to_module(module, AlignDevicesHook("cpu"))
+    add_hook_to_module(one, AlignDevicesHook("cpu"))
+    assert calls_ours(monkeypatch, one, x)[0]
+    add_hook_to_module(one.base_layer, Counting())
+    assert not calls_ours(monkeypatch, one, x)[0] and one.base_layer._hf_hook.calls == 1
+
+
+@pytest.mark.filterwarnings("ignore:Merge lora:UserWarning")
+@pytest.mark.parametrize("base", BASES)
+def test_merging_and_unloading_is_that_of_peft(base):
+    model = adapted(base)
+    twin = copy.deepcopy(model)
+    peftkern.optimize(model)
+    model(tokens())
+    merged, expected = model.merge_and_unload(), twin.merge_and_unload()
+    states = merged.state_dict(), expected.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    x = torch.randn(2, 64, requires_grad=True)
+    name = "layers.0.q_proj"
+    assert torch.equal(merged.get_submodule(name)(x), expected.get_submodule(name)(x))
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_an_adapter_saved_by_peft_loads_with_and_without_us(base, tmp_path):
+    model = adapted(base)
+    peftkern.optimize(model)
+    expected = model(tokens())
+    model.save_pretrained(tmp_path)
+    model = toy(width=64)
+    if base:
+        quantised(model)
+    again = peft.PeftModel.from_pretrained(model, tmp_path).train()
+    torch.testing.assert_close(again(tokens()), expected)
+    assert not swapped(again)
+    peftkern.optimize(again)
+    assert torch.equal(again(tokens()), expected)
+
+
+def test_a_second_derivative_is_refused():
+    model = adapted(None)
+    peftkern.optimize(model)
+    x = torch.randn(2, 64, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(model)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_functions_of_torch_func_run_the_forward_that_was_there():
+    model = adapted(None)
+    one, x = layer(model), torch.randn(5, 64)
+    expected = torch.func.vmap(one)(x)
+    peftkern.optimize(model)
+    assert torch.equal(torch.func.vmap(one)(x), expected)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_layer_in_two_places_is_swapped_once(base):
+    model = adapted(base)
+    inner = model.base_model.model
+    inner.layers[1].q_proj = inner.layers[0].q_proj
+    expected = model(tokens())
+    peftkern.optimize(model)
+    assert inner.layers[1].q_proj is inner.layers[0].q_proj
+    torch.testing.assert_close(model(tokens()), expected)
+
+
+def test_an_empty_batch_keeps_its_shape():
+    model = adapted("nf4")
+    peftkern.optimize(model)
+    x = torch.randn(0, 3, 64, requires_grad=True)
+    y = layer(model)(x)
+    y.sum().backward()
+    assert y.shape == (0, 3, 64) and x.grad.shape == x.shape
+    one = nn.Sequential(layer(model))
+    assert one(torch.randn(64)).shape == (64,)
