@@ -14,9 +14,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftkern import _check, _select
+from peftkern import _check, _native, _select
 from peftkern.qlora import formats
 
+# What these lack is better left to the kernels of bitsandbytes and torch than given to references.
+SERVED = frozenset(
+    device
+    for device in ("cpu", "cuda")
+    if all(_native.serves(op, device) for op in ("qlora_linear", "qlora_linear_bwd"))
+)
+# What is read of a LoRA layer past its own methods, which take longer than the conditions do.
+READ = (
+    "_active_adapter", "_disable_adapters", "lora_bias", "lora_variant", "merged_adapters",
+    "scaling",
+)  # fmt: skip
 _kinds: dict[type, str | None] = {}
 
 
@@ -61,16 +72,19 @@ def _kind(base: nn.Module) -> str | None:
 
 def adapters_of(layer: nn.Module, names: Sequence[str] | None = None) -> list[Adapter]:
     """Those that a call uses: the active ones, or those named for the samples of x."""
-    inside = vars(layer)  # past nn.Module's own lookup, which takes longer than all of this
+    inside = vars(layer)
     parts = inside["_modules"]
     if "lora_A" not in parts or inside["_disable_adapters"]:
         return []
     if names is None:
         if inside["merged_adapters"]:
             return []
-        names = inside["_active_adapter"]
+        active = inside["_active_adapter"]
+        names = [active] if isinstance(active, str) else active
+    else:
+        names = list(dict.fromkeys(names))
     found = []
-    for name in (names,) if isinstance(names, str) else dict.fromkeys(names):
+    for name in names:
         if (down := parts["lora_A"]._modules.get(name)) is not None:
             dropout = parts["lora_dropout"]._modules[name]
             p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
@@ -100,11 +114,12 @@ def reason(
     names: Sequence[str] | None,
 ) -> str | None:  # fmt: skip
     """`why_not` for a caller that has looked up base and adapters."""
-    found = of_base(base)
-    if found is None and base is not layer:
-        found = _of_bypass(base) or _of_adapters(layer, base, adapters, names)
-    if found is None and x is not None:
-        found = _of_input(base, adapters, x, names)
+    with torch._C.DisableTorchFunctionSubclass():  # which Params4bit would run at every look at it
+        found = of_base(base)
+        if found is None and base is not layer:
+            found = _of_bypass(base) or _of_adapters(layer, base, adapters, names)
+        if found is None and x is not None:
+            found = _of_input(base, adapters, x, names)
     return found
 
 
@@ -117,8 +132,10 @@ def of_base(base: nn.Module) -> str | None:
         return "its weight is stored transposed"
     if weight is None:
         return "its weight is computed, not stored"
-    if weight.is_meta:
-        return "its weight is on the meta device"
+    if (device := weight.device.type) not in SERVED:
+        if device == "meta":
+            return "its weight is on the meta device"
+        return f"this build has no kernel for {device}"
     if kind == "4-bit":
         return _of_4bit(base, weight)
     if kind == "8-bit":
@@ -140,12 +157,15 @@ def _of_4bit(base: Any, weight: Any) -> str | None:
 
 
 def _of_8bit(base: Any) -> str | None:
-    if base.state.has_fp16_weights:
-        return "its weight is float, and quantised anew at each call"
-    if base.state.threshold > 0:
-        return f"it asks for LLM.int8's outliers (threshold {base.state.threshold})"
+    state = base.state
+    if state.has_fp16_weights:
+        return "its weight is kept in float, and quantised at every forward"
+    if state.threshold > 0:
+        return f"its threshold is {state.threshold:g}: it computes outliers apart, as ours does not"
     if "int8" not in formats:
         return f"its format int8 is none of {', '.join(formats)}"
+    if getattr(base.weight, "SCB", None) is None and state.SCB is None:
+        return _select._obstacle_4bit(None)  # not quantised yet
     return None
 
 
@@ -249,6 +269,8 @@ def obstacle(model: nn.Module, layer: nn.Module, places: list[str]) -> str | Non
     if reason := _select._closed(model, places) or _of_parents(model, places):
         return reason
     inside = vars(layer)
+    if "lora_A" in inside["_modules"] and not all(name in inside for name in READ):
+        return "this release of peft keeps its adapters in another way"
     if "forward" in inside and not any(
         is_bound(layer, attribute, type(layer)) for attribute in ("forward", "_old_forward")
     ):
@@ -276,14 +298,7 @@ def _of_parents(model: nn.Module, places: list[str]) -> str | None:
         for depth in range(len(parts)):
             parent = model.get_submodule(".".join(parts[:depth]))
             for function in (type(parent).forward, *vars(parent).values()):
-                if callable(function) and _package(function).startswith("unsloth"):
-                    return f"unsloth's {_name(function)} reads its weight without calling it"
+                module = str(getattr(function, "__module__", None))
+                if callable(function) and module.startswith("unsloth"):
+                    return "unsloth has patched what is around it, to read its weight uncalled"
     return None
-
-
-def _package(function: Any) -> str:
-    return str(getattr(function, "__module__", None) or "").partition(".")[0]
-
-
-def _name(function: Any) -> str:
-    return str(getattr(function, "__name__", type(function).__name__))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
+from operator import is_not
 from types import MethodType
 from typing import Any
 
@@ -60,24 +61,23 @@ class Quantized(Swapped):
 class Cache:
     """The quantised weight of a layer as its forward read it last: never copied, never pickled."""
 
-    __slots__ = ("absmax", "params", "pointer", "state", "weight")
+    __slots__ = ("parts", "pointer", "weight")
 
     def __init__(self) -> None:
-        self.params: Any = None
-        self.state: Any = None
-        self.absmax: Tensor | None = None
-        self.pointer = 0
+        self.pointer: int | None = None
+        self.parts: tuple[object, ...] = ()
 
-    def read(self, params: Any) -> QuantizedWeight:
-        """Anew where the weight has moved, was repacked or replaced since the last call."""
-        state, pointer = params.quant_state, params.data_ptr()
-        if (
-            self.params is not params or self.pointer != pointer
-            or self.state is not state or self.absmax is not state.absmax
-        ):  # fmt: skip
-            self.weight = QuantizedWeight.from_bnb(params)
-            self.params, self.pointer = params, pointer
-            self.state, self.absmax = state, state.absmax
+    def current(self, base: Any) -> QuantizedWeight:
+        """Read anew where the weight has moved, was repacked or replaced since the last call."""
+        params = base._parameters["weight"]
+        if (state := getattr(params, "quant_state", None)) is not None:
+            parts = (params, state, state.absmax)
+        else:
+            parts = (params, params.SCB, base.state.SCB)
+        with torch._C.DisableTorchFunctionSubclass():
+            pointer = params.data_ptr()
+        if self.pointer != pointer or any(map(is_not, parts, self.parts)):
+            self.weight, self.parts, self.pointer = read(base), parts, pointer
         return self.weight
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
@@ -210,10 +210,16 @@ def _in_compute_dtype(base: nn.Module, x: Tensor) -> Tensor:
 def weight_of(layer: nn.Module) -> Tensor | QuantizedWeight:
     """That of its base, which `why_not` has found fit."""
     base = _conditions.base_of(layer)
-    params: Any = base._parameters["weight"]
     if _conditions.kind_of(base) == "dense":
-        return params  # type: ignore[no-any-return]
-    if torch.compiler.is_compiling():  # where it costs nothing, and pointers have no meaning
-        return QuantizedWeight.from_bnb(params)
+        return base._parameters["weight"]  # type: ignore[return-value]
+    if torch.compiler.is_compiling():  # where reading costs nothing, and pointers mean nothing
+        return read(base)
     cache: Cache = vars(layer).get(CACHE) or vars(layer).setdefault(CACHE, Cache())
-    return cache.read(params)
+    return cache.current(base)
+
+
+def read(base: nn.Module) -> QuantizedWeight:
+    """bitsandbytes keeps all of a 4-bit weight in the parameter, of an 8-bit one in the layer."""
+    four_bit = _conditions.kind_of(base) == "4-bit"
+    source: Any = base._parameters["weight"] if four_bit else base
+    return QuantizedWeight.from_bnb(source)

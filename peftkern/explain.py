@@ -60,9 +60,9 @@ def _text(weight: Tensor | QuantizedWeight) -> str:
     rows, columns = weight.shape
     if isinstance(weight, Tensor):
         return f"{rows} x {columns} in {str(weight.dtype).removeprefix('torch.')}"
-    scales = "nested scales" if weight.nested else "plain scales"
-    name, size = weight.format.name, weight.block_size
-    return f"{rows} x {columns} in {name}, blocks of {size}, {scales}"
+    size = weight.block_size
+    blocks = f"blocks of {size}" + ", nested scales" * weight.nested if size else "a scale a row"
+    return f"{rows} x {columns} in {weight.format.name}, {blocks},"
 
 
 def _terms(layer: Any) -> str:

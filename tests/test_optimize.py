@@ -8,11 +8,13 @@ import pytest
 import torch
 from close import assert_as_good
 from models import disturb, tokens, toy
-from peft_models import adapted, dense, layer, linear4bit, reasons, swapped, truth
+from peft_models import adapted, dense, layer, linear4bit, needs_kernels, reasons, swapped, truth
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peftkern
+
+pytestmark = needs_kernels
 
 BASES = (None, "nf4")
 
@@ -85,7 +87,7 @@ def test_gradients_are_those_of_peft(base):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-4)
 
 
-def test_a_linear_of_bitsandbytes_alone_is_served(device):
+def test_a_linear_of_bitsandbytes_alone_is_served():
     for cls, options in ((bnb.nn.Linear4bit, {}), (bnb.nn.LinearNF4, {})):
         for bias in (False, True):
             model = nn.Sequential(linear4bit(nn.Linear(64, 96, bias=bias), cls=cls, **options))

@@ -14,12 +14,14 @@ from accelerate.hooks import (
     remove_hook_from_module,
 )
 from models import disturb, tokens, toy
-from peft_models import adapted, layer, quantised, swapped
+from peft_models import adapted, layer, needs_kernels, quantised, swapped
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import peftkern
 from peftkern import _swapped
+
+pytestmark = needs_kernels
 
 BASES = (None, "nf4")
 

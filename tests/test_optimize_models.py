@@ -6,10 +6,12 @@ import pytest
 import torch
 import transformers
 from models import disturb
-from peft_models import linear4bit
+from peft_models import linear4bit, needs_kernels
 
 import peftkern
 from peftkern import _swapped
+
+pytestmark = needs_kernels
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
 from models import disturb, tokens, toy
-from peft_models import adapted, layer, linear4bit, quantised, reasons, swapped
+from peft_models import adapted, layer, linear4bit, needs_kernels, quantised, reasons, swapped
 from torch import nn
 
 import peftkern
-from peftkern import _swapped
+from peftkern import _conditions, _swapped
+
+pytestmark = needs_kernels
 
 
 def not_quantised(one):
@@ -97,8 +99,8 @@ OF_THE_BASE = [
     (repacked_and_saved, "repacked"),
     (unknown_format, "int3 is none of"),
     (stored_transposed, "transposed"),
-    (outliers, "threshold 6.0"),
-    (quantised_at_each_call, "quantised anew"),
+    (outliers, "threshold is 6"),
+    (quantised_at_each_call, "quantised at every forward"),
     (on_meta, "meta"),
     (parametrised, "computed"),
     (of_another_forward, "Scaled is none of"),
@@ -196,6 +198,23 @@ def test_other_adapters_of_peft_are_named():
     assert torch.equal(model(tokens()), expected)
 
 
+def test_a_device_without_a_kernel_of_ours_keeps_what_it_has(monkeypatch):
+    model = adapted("nf4")
+    monkeypatch.setattr(_conditions, "SERVED", frozenset())
+    report = peftkern.optimize(model)
+    assert set(reasons(report).values()) == {"this build has no kernel for cpu"}
+    assert report.rows == [] and swapped(model) == []
+    assert "no kernel for cpu" in peftkern.explain(layer(model))
+
+
+def test_a_release_of_peft_with_other_attributes_is_left_alone():
+    model = adapted("nf4")
+    del layer(model).lora_variant  # as before 0.15
+    report = peftkern.optimize(model)
+    assert "this release of peft" in reasons(report)["layers.0.q_proj"]
+    assert len(report.rows) == 5
+
+
 def test_a_subclass_with_a_forward_of_its_own_is_left_alone():
     class Scaled(bnb.nn.Linear4bit):
         def forward(self, x):
@@ -231,7 +250,7 @@ def test_what_unsloth_has_patched_is_left_alone(where):
     else:
         setattr(block, "forward" if where == "instance" else "apply_qkv", fast)
     report = peftkern.optimize(model)
-    assert "unsloth's fast" in reasons(report)["layers.0.q_proj"]
+    assert "unsloth has patched" in reasons(report)["layers.0.q_proj"]
     assert swapped(model) == [f"layers.1.{end}" for end in ("q_proj", "gate_proj", "down_proj")]
 
 

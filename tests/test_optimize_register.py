@@ -7,11 +7,13 @@ import peft
 import pytest
 import torch
 from models import disturb, tokens, toy
-from peft_models import ENDS, layer, linear4bit, quantised, swapped
+from peft_models import ENDS, layer, linear4bit, needs_kernels, quantised, swapped
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peftkern
+
+pytestmark = needs_kernels
 
 BASES = (None, "nf4")
 

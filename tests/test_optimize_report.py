@@ -4,10 +4,12 @@ import peft
 import pytest
 import torch
 from models import disturb, tokens, toy
-from peft_models import adapted, linear4bit, quantised, reasons
+from peft_models import adapted, linear4bit, needs_kernels, quantised, reasons
 from torch import nn
 
 import peftkern
+
+pytestmark = needs_kernels
 
 
 def rows_of(report):
