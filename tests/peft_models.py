@@ -13,6 +13,7 @@ from peftkern import _native, _swapped
 needs_kernels = pytest.mark.skipif(
     not _native.loaded, reason="the compiled library is not there, so nothing is optimized"
 )
+BASES = (None, *peftkern.qlora.formats)
 ENDS = ("q_proj", "gate_proj", "down_proj")
 
 
@@ -25,12 +26,24 @@ def linear4bit(linear, quant_type="nf4", cls=bnb.nn.Linear4bit, **options):
     return layer.to("cpu")  # quantises
 
 
-def quantised(model, **options):
+def linear8bit(linear):
+    layer = bnb.nn.Linear8bitLt(
+        linear.in_features, linear.out_features, bias=linear.bias is not None,
+        has_fp16_weights=False,
+    )  # fmt: skip
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")
+
+
+def quantised(model, quant_type="nf4", **options):
     """Rows of whole blocks of 64, since bitsandbytes reads others wrongly on AVX-512 CPUs."""
     for block in model.layers:
         for end in ENDS:
-            setattr(block, end, linear4bit(getattr(block, end), **options))
-    model.is_loaded_in_4bit = True  # as transformers sets it
+            if quant_type == "int8":
+                setattr(block, end, linear8bit(getattr(block, end)))
+            else:
+                setattr(block, end, linear4bit(getattr(block, end), quant_type, **options))
+    setattr(model, f"is_loaded_in_{8 if quant_type == 'int8' else 4}bit", True)  # by transformers
     return model
 
 
@@ -63,9 +76,8 @@ def reasons(report):
 def dense(layer):
     """Its base weight as everyone decodes it, and its low-rank terms, in plain torch."""
     weight = layer.base_layer.weight
-    state = getattr(weight, "quant_state", None)
-    if state is not None:
-        weight = peftkern.qlora.QuantizedWeight.from_bnb(weight).dequantize(torch.float32)
+    if weight.dtype in (torch.uint8, torch.int8) or hasattr(weight, "quant_state"):
+        weight = _swapped.read(layer.base_layer).dequantize(torch.float32)
     return weight.detach()
 
 

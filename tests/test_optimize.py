@@ -8,15 +8,23 @@ import pytest
 import torch
 from close import assert_as_good
 from models import disturb, tokens, toy
-from peft_models import adapted, dense, layer, linear4bit, needs_kernels, reasons, swapped, truth
+from peft_models import (
+    BASES,
+    adapted,
+    dense,
+    layer,
+    linear4bit,
+    needs_kernels,
+    reasons,
+    swapped,
+    truth,
+)
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peftkern
 
 pytestmark = needs_kernels
-
-BASES = (None, "nf4")
 
 
 def parts(layer, names=None):
@@ -202,19 +210,20 @@ def test_merged_adapters_are_in_the_base_until_they_are_taken_out(base):
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("base", "options", "reason"),
     [
-        (dict(use_dora=True), "DoRA"),
-        (dict(lora_bias=True), "lora_bias"),
+        # On int8, DoRA of peft 0.21 fails at its second call on a CPU.
+        *((base, dict(use_dora=True), "DoRA") for base in BASES if base != "int8"),
+        *((base, dict(lora_bias=True), "lora_bias") for base in BASES),
     ],
 )
-@pytest.mark.parametrize("base", BASES)
 def test_what_our_kernels_do_not_serve_is_bit_for_bit_what_it_was(base, options, reason):
     model = adapted(base, **options)
     expected = model(tokens())
     report = peftkern.optimize(model)
     rows = {row.layer for row in report.rows}
-    assert rows == ({"bitsandbytes.Linear4bit"} if base else set())
+    kind = "Linear8bitLt" if base == "int8" else "Linear4bit"
+    assert rows == ({f"bitsandbytes.{kind}"} if base else set())
     assert reason in reasons(report)["layers.0.q_proj"] and len(report.skipped) == 4
     assert reason in peftkern.explain(layer(model))
     if base is None:  # in a quantised model the layers without an adapter run on our kernels
@@ -297,7 +306,8 @@ def test_dropout_drops_at_its_rate_and_not_in_eval(base):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_output_has_the_dtype_that_it_had(dtype, compute, autocast):
-    for base in BASES:
+    # What int8 of bitsandbytes gives under autocast depends on device and mode; ours is x's dtype.
+    for base in (base for base in BASES if base != "int8" or not autocast):
         model = adapted(base, dtype=dtype, quantising=dict(compute_dtype=compute))
         one, bias = layer(model), layer(model).base_layer.bias
         alone = layer(model, "layers.0.gate_proj") if base else None
@@ -315,4 +325,6 @@ def test_a_narrower_compute_dtype_is_computed_in():
     peftkern.optimize(model)
     one, x = layer(model), torch.randn(3, 64)
     assert torch.equal(one(x), one(x.bfloat16()).float())
+    mixed = one(x, adapter_names=["default", "__base__", "default"])
+    assert mixed.dtype == torch.float32 and torch.equal(mixed[0], one(x)[0])
     assert not torch.equal(one(x), one(x.double()).float())

@@ -14,7 +14,7 @@ from accelerate.hooks import (
     remove_hook_from_module,
 )
 from models import disturb, tokens, toy
-from peft_models import adapted, layer, needs_kernels, quantised, swapped
+from peft_models import BASES, adapted, layer, needs_kernels, quantised, swapped
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,8 +22,6 @@ import peftkern
 from peftkern import _swapped
 
 pytestmark = needs_kernels
-
-BASES = (None, "nf4")
 
 
 def saved(model):
@@ -267,7 +265,7 @@ def test_an_adapter_saved_by_peft_loads_with_and_without_us(base, tmp_path):
     model.save_pretrained(tmp_path)
     model = toy(width=64)
     if base:
-        quantised(model)
+        quantised(model, base)
     again = peft.PeftModel.from_pretrained(model, tmp_path).train()
     torch.testing.assert_close(again(tokens()), expected)
     assert not swapped(again)
