@@ -1,13 +1,13 @@
 """When a layer of peft or bitsandbytes can run on our kernels: asked here and nowhere else.
 
 `why_not` is asked at every call, since what it looks at may change at any time: adapters are added,
-merged and switched, weights move and are repacked. `obstacle` is asked once, before a layer is
-swapped, and adds what lies around the layer.
+merged and switched, weights move and are repacked. What lies around a layer is asked once, before
+it is swapped (`_obstacles`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -39,11 +39,6 @@ class Adapter(NamedTuple):
     up: Any  # the module of B
     scale: float
     dropout: float  # 0 in eval
-
-
-def is_candidate(layer: nn.Module) -> bool:
-    """What `optimize` swaps, or says why not."""
-    return _select.is_a(layer, "peft", "BaseTunerLayer") or kind_of(layer) in ("4-bit", "8-bit")
 
 
 def base_of(layer: nn.Module) -> nn.Module:
@@ -149,8 +144,8 @@ def of_base(base: nn.Module) -> str | None:
 
 def _of_4bit(base: Any, weight: Any) -> str | None:
     state: Any = getattr(weight, "quant_state", None)
-    if reason := _select._obstacle_4bit(state):
-        return reason
+    if found := _select._obstacle_4bit(state):
+        return found
     if list(state.shape) != [base.out_features, base.in_features]:
         return "its weight is stored transposed"
     return None
@@ -253,7 +248,8 @@ def _of_input(
         return f"its input is {x.dtype}, not float"
     if x.dim() == 0 or x.shape[-1] != base.in_features:
         return "its input has another width"
-    for tensor in (weight, *(part._parameters["weight"] for a in adapters for part in a[1:3])):
+    parts = [part for adapter in adapters for part in (adapter.down, adapter.up)]
+    for tensor in (weight, *(part._parameters["weight"] for part in parts)):
         if tensor.device != device:
             return f"its input is on {device}, a weight on {tensor.device}"
     if x.dtype != weight.dtype and kind_of(base) == "dense":
@@ -261,44 +257,4 @@ def _of_input(
             return f"its input is {x.dtype}, its weight {weight.dtype}"
     if names is not None and (x.dim() < 2 or len(names) != len(x)):
         return "adapter_names must name an adapter for each sample"
-    return None
-
-
-def obstacle(model: nn.Module, layer: nn.Module, places: list[str]) -> str | None:
-    """Why this layer is not swapped at all; None where it is."""
-    if reason := _select._closed(model, places) or _of_parents(model, places):
-        return reason
-    inside = vars(layer)
-    if "lora_A" in inside["_modules"] and not all(name in inside for name in READ):
-        return "this release of peft keeps its adapters in another way"
-    if "forward" in inside and not any(
-        is_bound(layer, attribute, type(layer)) for attribute in ("forward", "_old_forward")
-    ):
-        return "its forward is replaced on the instance"
-    base = base_of(layer)
-    if any(vars(module).get("_hf_tp_plan") is not None for module in (layer, base)):
-        return "it is tensor-parallel"
-    for module in layer.modules():
-        if any(getattr(hook, "offload", False) for hook in _hooks(vars(module).get("_hf_hook"))):
-            return "accelerate offloads its weight between calls"
-    return of_base(base)
-
-
-def _hooks(hook: Any) -> Iterator[Any]:
-    """A hook of accelerate's, or those in a sequence of them."""
-    for inner in getattr(hook, "hooks", ()):
-        yield from _hooks(inner)
-    yield hook
-
-
-def _of_parents(model: nn.Module, places: list[str]) -> str | None:
-    """Unsloth's functions read the weights of a block's linears and never call them."""
-    for name in places:
-        parts = name.split(".")
-        for depth in range(len(parts)):
-            parent = model.get_submodule(".".join(parts[:depth]))
-            for function in (type(parent).forward, *vars(parent).values()):
-                module = str(getattr(function, "__module__", None))
-                if callable(function) and module.startswith("unsloth"):
-                    return "unsloth has patched what is around it, to read its weight uncalled"
     return None

@@ -46,6 +46,7 @@ class Lora(Swapped):
             adapters = _conditions.adapters_of(self, names)
             if _conditions.reason(self, base, adapters, x, names) is None:
                 return _adapted(self, base, adapters, x, names)
+        _forget(self)
         return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
@@ -55,11 +56,16 @@ class Quantized(Swapped):
     def forward(self, x: Tensor) -> Tensor:
         if _conditions.why_not(self, x) is None:
             return _product(self, self, x)
+        _forget(self)
         return super().forward(x)  # type: ignore[no-any-return]
 
 
 class Cache:
-    """The quantised weight of a layer as its forward read it last: never copied, never pickled."""
+    """The quantised weight of a layer as its forward read it last: never copied, never pickled.
+
+    It holds the packed bytes, so a forward that is not ours lets go of it: weights that are sharded
+    or moved away are to be freed.
+    """
 
     __slots__ = ("parts", "pointer", "weight")
 
@@ -67,21 +73,18 @@ class Cache:
         self.pointer: int | None = None
         self.parts: tuple[object, ...] = ()
 
-    def current(self, base: Any) -> QuantizedWeight:
+    def current(self, base: Any) -> Tensor | QuantizedWeight:
         """Read anew where the weight has moved, was repacked or replaced since the last call."""
         params = base._parameters["weight"]
         if (state := getattr(params, "quant_state", None)) is not None:
-            parts = (params, state, state.absmax)
+            parts = (state, state.absmax)
         else:
-            parts = (params, params.SCB, base.state.SCB)
+            parts = (params.SCB, base.state.SCB)
         with torch._C.DisableTorchFunctionSubclass():
             pointer = params.data_ptr()
         if self.pointer != pointer or any(map(is_not, parts, self.parts)):
-            self.weight, self.parts, self.pointer = read(base), parts, pointer
+            self.weight, self.parts, self.pointer = weight_of(base), parts, pointer
         return self.weight
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
-        return Cache()
 
     def __reduce__(self) -> tuple[type[Cache], tuple[()]]:
         return Cache, ()
@@ -171,7 +174,7 @@ def _product(
     layer: nn.Module, base: nn.Module, x: Tensor, a: Tensor | None = None, b: Tensor | None = None,
     scale: float = 1.0, dropout: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    bias, weight = base._parameters["bias"], weight_of(layer)
+    bias, weight = base._parameters["bias"], _weight(layer, base)
     if isinstance(weight, Tensor):
         return linear(x, weight, bias, a, b, scale, dropout)
     return linear(_in_compute_dtype(base, x), weight, bias, a, b, scale, dropout).to(x.dtype)
@@ -181,7 +184,7 @@ def _mixed(
     layer: nn.Module, base: nn.Module, x: Tensor, adapters: list[int], a: Tensor, b: Tensor
 ) -> Tensor:
     """Each sample's rows belong to one adapter, or to none (-1)."""
-    bias, weight = base._parameters["bias"], weight_of(layer)
+    bias, weight = base._parameters["bias"], _weight(layer, base)
     rows = _in_compute_dtype(base, x).flatten(0, -2)
     adapter = torch.tensor(adapters, dtype=torch.int32, device=x.device)
     y = expert_linear(
@@ -207,19 +210,25 @@ def _in_compute_dtype(base: nn.Module, x: Tensor) -> Tensor:
     return x.to(wanted) if narrower and not torch.is_autocast_enabled(x.device.type) else x
 
 
-def weight_of(layer: nn.Module) -> Tensor | QuantizedWeight:
+def _weight(layer: nn.Module, base: nn.Module) -> Tensor | QuantizedWeight:
     """That of its base, which `why_not` has found fit."""
-    base = _conditions.base_of(layer)
-    if _conditions.kind_of(base) == "dense":
-        return base._parameters["weight"]  # type: ignore[return-value]
-    if torch.compiler.is_compiling():  # where reading costs nothing, and pointers mean nothing
-        return read(base)
+    # Where it is compiled, reading costs nothing, and pointers mean nothing.
+    if _conditions.kind_of(base) == "dense" or torch.compiler.is_compiling():
+        return weight_of(base)
     cache: Cache = vars(layer).get(CACHE) or vars(layer).setdefault(CACHE, Cache())
     return cache.current(base)
 
 
-def read(base: nn.Module) -> QuantizedWeight:
+def _forget(layer: nn.Module) -> None:
+    if not torch.compiler.is_compiling():
+        vars(layer).pop(CACHE, None)
+
+
+def weight_of(base: nn.Module) -> Tensor | QuantizedWeight:
     """bitsandbytes keeps all of a 4-bit weight in the parameter, of an 8-bit one in the layer."""
-    four_bit = _conditions.kind_of(base) == "4-bit"
-    source: Any = base._parameters["weight"] if four_bit else base
+    kind, params = _conditions.kind_of(base), base._parameters["weight"]
+    assert params is not None
+    if kind == "dense":
+        return params
+    source: Any = params if kind == "4-bit" else base
     return QuantizedWeight.from_bnb(source)

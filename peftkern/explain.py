@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftkern import _conditions, _native, _swapped
+from peftkern import _conditions, _native, _obstacles, _swapped
 from peftkern.qlora import QLoRALinear, QuantizedWeight
 
 
@@ -42,18 +42,18 @@ def _reason(layer: nn.Module) -> str | None:
         return None
     if isinstance(layer, _swapped.Swapped):
         return _conditions.why_not(layer)
-    if not _conditions.is_candidate(layer):
+    if not _obstacles.is_candidate(layer):
         return "neither adapted by peft nor quantised by bitsandbytes"
     if _swapped.stand_in(layer) is None:
         return f"peftkern has no kernel for {_swapped.title(layer)}"
-    reason = _conditions.obstacle(layer, layer, []) or _conditions.why_not(layer)
+    reason = _obstacles.obstacle(layer, layer, []) or _conditions.why_not(layer)
     return reason or "not optimized yet (peftkern.optimize does it)"
 
 
 def _weight(layer: Any) -> Tensor | QuantizedWeight:
     if isinstance(layer, QLoRALinear):
         return layer.quantized_weight or layer.weight
-    return _swapped.weight_of(layer)
+    return _swapped.weight_of(_conditions.base_of(layer))
 
 
 def _text(weight: Tensor | QuantizedWeight) -> str:

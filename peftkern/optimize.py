@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from peftkern import _select, _swapped
-from peftkern._conditions import is_candidate, obstacle, why_not
-from peftkern._extras import need
+from peftkern._conditions import why_not
+from peftkern._obstacles import is_candidate, obstacle
 from peftkern.adapt import Skipped
 from peftkern.report import Report, report
 
@@ -24,7 +24,8 @@ def optimize(model: Any) -> Report:
 
     What differs: dropout draws from our generator, so it drops other elements at the same rate;
     4-bit weights have the one value that peftkern gives them everywhere, in eval mode on a CPU
-    too; a second derivative is refused.
+    too; a second derivative is refused; and a model that is pickled whole asks for peftkern when
+    it is loaded, unless it was restored.
 
     Args:
         model: an `nn.Module`, or a pipeline of diffusers, whose components are taken one by one.
@@ -73,13 +74,10 @@ def register(config: Any) -> None:
 
     Raises:
         TypeError: `config` is something else.
-        MissingExtra: peft is not installed.
     """
-    need("peft", "register")
-    import peft
-
-    if not isinstance(config, peft.LoraConfig):
-        raise TypeError(f"config must be a LoraConfig of peft, got {type(config).__name__}")
+    kind = type(config)
+    if kind.__name__ != "LoraConfig" or kind.__module__.split(".")[0] != "peft":
+        raise TypeError(f"config must be a LoraConfig of peft, got {kind.__name__}")
     config._register_custom_module({nn.Linear: _swapped.made_for_peft})
 
 

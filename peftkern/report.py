@@ -102,11 +102,10 @@ def report(model: nn.Module) -> Report:
             skipped.append(Skipped(name, reason))
             continue
         rows.append(_row_of_optimized(name, module, list(optimized.values())))
-        base = _swapped.weight_of(module)
-        if not isinstance(base, Tensor):
-            packed = _conditions.base_of(module)._parameters["weight"]
-            assert packed is not None
-            parameters += base.shape.numel() - packed.numel()
+        base = _conditions.base_of(module)
+        packed = base._parameters["weight"]
+        assert packed is not None
+        parameters += _swapped.weight_of(base).shape.numel() - packed.numel()
     return Report(rows, skipped, parameters)
 
 
@@ -141,7 +140,8 @@ def _vllm_rank(rank: int) -> str:
 
 
 def _row_of_optimized(name: str, layer: Any, layers: list[Any]) -> Row:
-    weight, stored = _swapped.weight_of(layer), _conditions.base_of(layer)._parameters["weight"]
+    base = _conditions.base_of(layer)
+    weight, stored = _swapped.weight_of(base), base._parameters["weight"]
     dtype = str(weight.dtype).removeprefix("torch.")
     others = [p for p in layer.parameters() if p is not stored]
     adapted = isinstance(layer, _swapped.Lora)

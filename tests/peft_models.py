@@ -77,7 +77,7 @@ def dense(layer):
     """Its base weight as everyone decodes it, and its low-rank terms, in plain torch."""
     weight = layer.base_layer.weight
     if weight.dtype in (torch.uint8, torch.int8) or hasattr(weight, "quant_state"):
-        weight = _swapped.read(layer.base_layer).dequantize(torch.float32)
+        weight = _swapped.weight_of(layer.base_layer).dequantize(torch.float32)
     return weight.detach()
 
 

@@ -1,4 +1,4 @@
-"""Swapped layers in the hands of torch, peft and accelerate: they do all that they did."""
+"""Swapped layers in the hands of torch and peft: they do all that they did."""
 
 import copy
 import io
@@ -7,12 +7,6 @@ import pickle
 import peft
 import pytest
 import torch
-from accelerate.hooks import (
-    AlignDevicesHook,
-    ModelHook,
-    add_hook_to_module,
-    remove_hook_from_module,
-)
 from models import disturb, tokens, toy
 from peft_models import BASES, adapted, layer, needs_kernels, quantised, swapped
 from torch import nn
@@ -67,6 +61,8 @@ def test_copies_compute_the_same_and_live_apart(base, copied):
     peftkern.optimize(model)
     expected = model(tokens())
     twin = copied(model)
+    caches = [c for m in twin.modules() if (c := vars(m).get(_swapped.CACHE)) is not None]
+    assert bool(caches) == bool(base) and all(cache.pointer is None for cache in caches)
     assert swapped(twin) == swapped(model)
     assert torch.equal(twin(tokens()), expected)
     with torch.no_grad():
@@ -76,33 +72,54 @@ def test_copies_compute_the_same_and_live_apart(base, copied):
     assert torch.equal(model(tokens()), expected)
 
 
-def test_the_weight_is_read_anew_where_it_has_changed():
+def other_weight(base, other):
+    base.weight = other.weight
+
+
+def other_data(base, other):
+    base.weight.data = other.weight.data.clone()
+
+
+def other_state(base, other):
+    base.weight.quant_state = copy.copy(base.weight.quant_state)
+    base.weight.quant_state.offset = other.weight.quant_state.offset
+
+
+def other_scales(base, other):
+    base.weight.quant_state.absmax = other.weight.quant_state.absmax.clone()
+
+
+def data_in_place(base, other):
+    base.weight.data.copy_(other.weight.data)
+
+
+@pytest.mark.parametrize(
+    "change", [other_weight, other_data, other_state, other_scales, data_in_place]
+)
+def test_the_weight_is_read_anew_where_it_has_changed(change, monkeypatch):
+    model, read, times = adapted("nf4"), _swapped.weight_of, []
+    peftkern.optimize(model)
+    monkeypatch.setattr(_swapped, "weight_of", lambda base: times.append(1) or read(base))
+    one, x = layer(model), torch.randn(3, 64)
+    before = one(x)
+    assert torch.equal(one(x), before) and len(times) == 1
+    change(one.base_layer, layer(adapted("nf4", seed=3)).base_layer)
+    after = one(x)
+    assert len(times) == 1 + (change is not data_in_place)  # whose storage is shared
+    assert torch.equal(after, copy.deepcopy(one)(x)) and not torch.equal(after, before)
+
+
+def test_nothing_holds_a_weight_that_another_forward_runs():
+    """So that weights which are sharded, or moved away, are freed."""
     model = adapted("nf4")
     peftkern.optimize(model)
     one, x = layer(model), torch.randn(3, 64)
-    y = one(x)
-    weight = _swapped.weight_of(one)
-    assert _swapped.weight_of(one) is weight
-    other, state = layer(adapted("nf4", seed=3)), one.base_layer.weight.quant_state
-    cases = {
-        "another parameter": lambda: setattr(one.base_layer, "weight", other.base_layer.weight),
-        "other data": lambda: setattr(
-            one.base_layer.weight, "data", other.base_layer.weight.data.clone()
-        ),
-        "another state": lambda: setattr(
-            one.base_layer.weight, "quant_state", copy.copy(one.base_layer.weight.quant_state)
-        ),
-        "other scales": lambda: setattr(
-            one.base_layer.weight.quant_state, "absmax", state.absmax.clone()
-        ),
-    }
-    for name, change in cases.items():
-        weight = _swapped.weight_of(one)
-        change()
-        assert _swapped.weight_of(one) is not weight, name
-    one.base_layer.weight.data.zero_()  # in place: the storage is shared
-    assert not torch.equal(one(x), y)
-    assert _swapped.weight_of(one).packed.eq(0).all()
+    assert _swapped.CACHE not in vars(one)
+    one(x)
+    assert _swapped.CACHE in vars(one)
+    one.base_layer.register_forward_hook(lambda *args: None)
+    one(x)
+    assert _swapped.CACHE not in vars(one)
 
 
 def test_a_moved_model_still_runs(device):
@@ -162,83 +179,6 @@ def test_a_swapped_layer_compiles_whole(base, name, backend):
         results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
     for eager, whole in zip(*results, strict=True):
         torch.testing.assert_close(whole, eager)
-
-
-def test_hooks_of_torch_still_fire_and_on_inner_layers_take_the_layer_back():
-    model, calls = adapted("nf4"), []
-    one, x = layer(model), torch.randn(3, 64)
-    peftkern.optimize(model)
-    handles = [
-        one.register_forward_pre_hook(lambda *args: calls.append("pre")),
-        one.register_forward_hook(lambda *args: calls.append("post")),
-        one.register_full_backward_hook(lambda *args: calls.append("backward")),
-    ]
-    one(x.requires_grad_()).sum().backward()
-    assert calls == ["pre", "post", "backward"]
-    for handle in handles:
-        handle.remove()
-    for inner in (one.base_layer, one.lora_A["default"], one.lora_B["default"]):
-        calls.clear()
-        handle = inner.register_forward_hook(lambda *args: calls.append("inner"))
-        assert f"inner {type(inner).__name__} has hooks" in peftkern.explain(one)
-        one(x)
-        assert calls == ["inner"]
-        handle.remove()
-        assert "has hooks" not in peftkern.explain(one)
-
-
-class Counting(ModelHook):
-    def __init__(self):
-        self.calls = 0
-
-    def pre_forward(self, module, *args, **kwargs):
-        self.calls += 1
-        return args, kwargs
-
-
-def calls_ours(monkeypatch, one, x):
-    seen = []
-    with monkeypatch.context() as patch:
-        real = _swapped.linear
-        patch.setattr(_swapped, "linear", lambda *args: seen.append(1) or real(*args))
-        y = one(x)
-    return bool(seen), y
-
-
-def test_a_hook_of_accelerate_calls_our_forward_and_comes_off_again(monkeypatch):
-    model, hook, x = adapted("nf4"), Counting(), torch.randn(3, 64)
-    one = layer(model)
-    expected = one(x)
-    add_hook_to_module(one, hook)
-    peftkern.optimize(model)
-    ours, y = calls_ours(monkeypatch, one, x)
-    assert ours and hook.calls == 1
-    torch.testing.assert_close(y, expected)
-    peftkern.restore(model)
-    assert not calls_ours(monkeypatch, one, x)[0] and hook.calls == 2
-    assert one._old_forward.__func__ is peft.tuners.lora.bnb.Linear4bit.forward
-    peftkern.optimize(model)
-    remove_hook_from_module(one)  # leaves the method on the instance
-    assert calls_ours(monkeypatch, one, x)[0] and hook.calls == 2
-    peftkern.restore(model)
-    assert one.forward.__func__ is peft.tuners.lora.bnb.Linear4bit.forward
-    assert torch.equal(one(x), expected)
-    peftkern.optimize(model)  # with the method that accelerate left there
-    assert calls_ours(monkeypatch, one, x)[0]
-
-
-def test_hooks_that_accelerate_puts_on_every_leaf_do_not_slow_anything(monkeypatch):
-    """As after transformers' device_map, which is how quantised models are mostly loaded."""
-    model, x = adapted("nf4"), torch.randn(3, 64)
-    peftkern.optimize(model)
-    one = layer(model)
-    for module in one.modules():
-        if next(module.parameters(recurse=False), None) is not None:
-            add_hook_to_module(module, AlignDevicesHook("cpu"))
-    add_hook_to_module(one, AlignDevicesHook("cpu"))
-    assert calls_ours(monkeypatch, one, x)[0]
-    add_hook_to_module(one.base_layer, Counting())
-    assert not calls_ours(monkeypatch, one, x)[0] and one.base_layer._hf_hook.calls == 1
 
 
 @pytest.mark.filterwarnings("ignore:Merge lora:UserWarning")

@@ -97,7 +97,9 @@ def test_parameters_are_not_taken_for_layers():
     assert not swapped(model) and "ParamWrapper" in str(model)
 
 
-@pytest.mark.parametrize("made", [None, peftkern.LoraConfig(), peft.LoHaConfig()])
+@pytest.mark.parametrize(
+    "made", [None, peftkern.LoraConfig(), peft.LoHaConfig(), peft.AdaLoraConfig(total_step=1)]
+)
 def test_other_configs_are_refused(made):
     with pytest.raises(TypeError, match="^config must be a LoraConfig of peft, got"):
         peftkern.register(made)
