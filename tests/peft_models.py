@@ -87,3 +87,26 @@ def truth(x, weight, bias, *terms):
     for a, b, scale in zip(terms[::3], terms[1::3], terms[2::3], strict=True):
         y = y + scale * (x @ a.to(x.dtype).t() @ b.to(x.dtype).t())
     return y
+
+
+def parts(layer, names=None):
+    """Base weight and bias, then A, B and scale of each adapter."""
+    bias = layer.base_layer.bias
+    found = [dense(layer), None if bias is None else bias.detach()]
+    for name in layer.active_adapters if names is None else names:
+        found += [layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()]
+        found += [layer.scaling[name]]
+    return found
+
+
+def runs_ours(layer):
+    return peftkern.explain(layer).splitlines()[1].startswith("runs      peftkern.qlora")
+
+
+def with_second_adapter(model, **options):
+    config = peft.LoraConfig(r=4, lora_alpha=2, target_modules=["q_proj"], **options)
+    model.add_adapter("second", config)
+    for name, parameter in model.named_parameters():
+        if "second" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model
