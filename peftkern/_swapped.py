@@ -207,7 +207,7 @@ def _in_compute_dtype(base: nn.Module, x: Tensor) -> Tensor:
     """As bitsandbytes where that is the narrower one; sums run in float32 in any case."""
     wanted = getattr(base, "compute_dtype", None)
     narrower = x.dtype == torch.float32 and wanted in (torch.bfloat16, torch.float16)
-    return x.to(wanted) if narrower and not torch.is_autocast_enabled(x.device.type) else x
+    return x.to(wanted) if narrower else x
 
 
 def _weight(layer: nn.Module, base: nn.Module) -> Tensor | QuantizedWeight:

@@ -10,6 +10,7 @@ import torch
 from models import disturb, tokens, toy
 from peft_models import BASES, adapted, layer, needs_kernels, quantised, swapped
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import peftkern
@@ -120,6 +121,31 @@ def test_nothing_holds_a_weight_that_another_forward_runs():
     one.base_layer.register_forward_hook(lambda *args: None)
     one(x)
     assert _swapped.CACHE not in vars(one)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_no_copy_of_the_input_is_kept_for_the_adapter(base):
+    """peft keeps one in float32, since its adapters are."""
+    model = adapted(base, dtype=torch.bfloat16)
+    peftkern.optimize(model)
+    one, x = layer(model), torch.randn(20, 64, dtype=torch.bfloat16, requires_grad=True)
+    assert one.lora_A["default"].weight.dtype == torch.float32
+    one(x)  # from here on its weight has been read
+    known = [x, *one.parameters()]
+    if base:
+        known += _swapped.weight_of(one.base_layer).buffers
+    known = {t.untyped_storage().data_ptr() for t in known}
+    new: dict[int, int] = {}
+
+    def count(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            new[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(count, lambda tensor: tensor):
+        one(x).sum().backward()
+    assert sum(new.values()) == 20 * 4 * 4  # the product of rank 4
 
 
 def test_a_moved_model_still_runs(device):

@@ -91,6 +91,14 @@ def test_four_bit_layers_are_known_without_the_flag_of_transformers():
     assert isinstance(layer(model), peft.tuners.lora.bnb.Linear4bit)
 
 
+def test_a_linear_that_is_said_to_be_transposed_is_set_right_by_peft():
+    with pytest.warns(UserWarning, match="Setting fan_in_fan_out to False"):
+        model = built(None, registered(fan_in_fan_out=True))
+    layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)]
+    assert len(layers) == 6 and not any(m.fan_in_fan_out for m in layers)
+    torch.testing.assert_close(model(tokens()), built(None, config())(tokens()))
+
+
 def test_parameters_are_not_taken_for_layers():
     made = registered(target_modules=[], target_parameters=["q_proj.weight"])
     model = peft.get_peft_model(toy(width=64), made)
