@@ -18,7 +18,7 @@ VLLM_DEFAULT_RANK, VLLM_MAX_RANK = 16, 512  # of vLLM's option max_lora_rank
 
 @dataclass(frozen=True)
 class Row:
-    """One adapted module.
+    """One adapted or optimized module.
 
     Args:
         name: in the model.
@@ -41,11 +41,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The adapted modules of a model, and what was left as it is; prints as a table.
+    """The adapted and optimized modules of a model, and what was left as it is; prints as a table.
 
     Args:
         rows: one a module, in the model's order.
-        skipped: what a config named, or would name, with the reason why it has no adapter.
+        skipped: what a config named, or would name, or `optimize` would take, and why it was left.
         parameters: of the whole model.
     """
 
@@ -72,7 +72,7 @@ class Report:
         share = 100 * self.trainable / max(self.parameters, 1)
         lines = _table([head, *body], numbers=(3, 4))
         lines.append(
-            f"{len(self.rows)} adapted modules, {self.trainable:,} of {self.parameters:,} "
+            f"{len(self.rows)} modules, {self.trainable:,} of {self.parameters:,} "
             f"parameters train ({share:.2f} %), {self.bytes:,} bytes"
         )
         left_out = Counter(f"left out: {starred(s.name)}: {s.reason}" for s in self.skipped)

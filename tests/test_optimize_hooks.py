@@ -89,5 +89,7 @@ def test_hooks_that_accelerate_puts_on_every_leaf_do_not_slow_anything(monkeypat
             add_hook_to_module(module, AlignDevicesHook("cpu"))
     add_hook_to_module(one, AlignDevicesHook("cpu"))
     assert calls_ours(monkeypatch, one, x)[0]
+    add_hook_to_module(one.base_layer, AlignDevicesHook("cpu", io_same_device=True))
+    assert not calls_ours(monkeypatch, one, x)[0]
     add_hook_to_module(one.base_layer, Counting())
     assert not calls_ours(monkeypatch, one, x)[0] and one.base_layer._hf_hook.calls == 1

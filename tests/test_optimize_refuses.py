@@ -165,6 +165,7 @@ def test_an_adapter_that_does_not_fit_is_left_to_peft(change, reason):
         (torch.randn(3, 63), "must|mat1|shape|size"),
         (torch.randn(3, 64).bfloat16(), "dtype"),
         (torch.ones(3, 64, dtype=torch.int64), "dtype|Float|Long|float"),
+        (torch.ones(3, 64, device="meta"), "device"),
     ],
 )
 def test_inputs_that_peft_refuses_it_refuses_still(x, error):

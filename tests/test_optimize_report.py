@@ -39,6 +39,20 @@ def test_a_second_call_swaps_nothing_and_says_so():
     assert torch.equal(model(tokens()), expected)
 
 
+def test_what_runs_elsewhere_is_listed_once_at_every_call():
+    model = adapted(None, use_dora=True)
+    for _ in range(2):
+        names = [s.name for s in peftkern.optimize(model).skipped]
+        assert len(names) == len(set(names)) == 4
+
+
+@pytest.mark.parametrize("name", ["layers.0.q_proj", "layers.0.gate_proj"])
+def test_a_layer_alone_is_a_model_too(name):
+    one = adapted("nf4").get_submodule(f"base_model.model.{name}")
+    (row,) = peftkern.optimize(one).rows
+    assert row.name == "" and "peftkern.qlora" in peftkern.explain(one)
+
+
 def test_the_report_tells_what_runs_and_what_does_not():
     model = quantised(toy(width=64))
     model.layers[0].q_proj = linear4bit(nn.Linear(64, 64), quant_storage=torch.uint8)
