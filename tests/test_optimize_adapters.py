@@ -20,6 +20,7 @@ from peft_models import (
 from torch import nn
 
 import peftkern
+from peftkern import _swapped
 
 pytestmark = needs_kernels
 
@@ -71,6 +72,18 @@ def test_a_batch_may_mix_adapters(base, dtype):
     for i, name in enumerate(names):
         alone = model(tokens(shape=(4, 5))[i : i + 1], adapter_names=[name])
         torch.testing.assert_close(whole[i], alone[0], rtol=2e-2, atol=2e-2)
+
+
+def test_an_adapter_of_several_samples_is_taken_once(monkeypatch):
+    model, real, taken = with_second_adapter(adapted("nf4")), _swapped.expert_linear, []
+    peftkern.optimize(model)
+    monkeypatch.setattr(
+        _swapped,
+        "expert_linear",
+        lambda *args, **kw: taken.append(len(args[4])) or real(*args, **kw),
+    )
+    layer(model)(torch.randn(4, 64), adapter_names=["second", "default", "second", "second"])
+    assert taken == [2]
 
 
 def test_a_mixed_batch_of_several_ranks_is_left_to_peft():

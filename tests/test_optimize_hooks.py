@@ -93,3 +93,5 @@ def test_hooks_that_accelerate_puts_on_every_leaf_do_not_slow_anything(monkeypat
     assert not calls_ours(monkeypatch, one, x)[0]
     add_hook_to_module(one.base_layer, Counting())
     assert not calls_ours(monkeypatch, one, x)[0] and one.base_layer._hf_hook.calls == 1
+    remove_hook_from_module(one.base_layer)
+    assert "forward" in vars(one.base_layer) and calls_ours(monkeypatch, one, x)[0]
