@@ -74,11 +74,9 @@ def reasons(report):
 
 
 def dense(layer):
-    """Its base weight as everyone decodes it, and its low-rank terms, in plain torch."""
-    weight = layer.base_layer.weight
-    if weight.dtype in (torch.uint8, torch.int8) or hasattr(weight, "quant_state"):
-        weight = _swapped.weight_of(layer.base_layer).dequantize(torch.float32)
-    return weight.detach()
+    """Its base weight, as everyone decodes it."""
+    weight = _swapped.weight_of(layer.base_layer)
+    return weight.detach() if torch.is_tensor(weight) else weight.dequantize(torch.float32)
 
 
 def truth(x, weight, bias, *terms):
