@@ -3,9 +3,11 @@
 from peftkern import qlora
 from peftkern.adapt import Skipped, adapt, trainable_parameters
 from peftkern.corda import corda
+from peftkern.explain import explain
 from peftkern.files import adapter_state_dict, load_adapter, save_adapter
 from peftkern.info import Info, info
 from peftkern.merge import merge, unmerge
+from peftkern.optimize import optimize, register, restore
 from peftkern.qlora import LoraConfig, QLoRALinear
 from peftkern.report import Report, Row, report
 
@@ -19,11 +21,15 @@ __all__ = [
     "adapt",
     "adapter_state_dict",
     "corda",
+    "explain",
     "info",
     "load_adapter",
     "merge",
+    "optimize",
     "qlora",
+    "register",
     "report",
+    "restore",
     "save_adapter",
     "trainable_parameters",
     "unmerge",

@@ -95,6 +95,12 @@ def _has_kernel(op: str, key: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op, key))
 
 
+def serves(op: str, device: str) -> bool:
+    """Whether a kernel runs there, and not the op's reference."""
+    triton = device == "cuda" and op in _triton
+    return triton or _has_kernel(f"{NAMESPACE}::{op}", device.upper())
+
+
 def _announced(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(reference)
     def run(*args: Any) -> Any:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peftkern import _check
@@ -151,7 +152,9 @@ def _obstacle_4bit(state: Any) -> str | None:
         return NOT_YET
     if state.quant_type not in formats:
         return f"its format {state.quant_type} is none of {', '.join(formats)}"
-    if getattr(state, "packing_format_for_cpu", False):
+    # Its state_dict takes the mark away and puts the bytes back, but not the scales.
+    scales = [state.absmax.dim() == 1, not state.nested or state.offset.dtype == torch.float32]
+    if getattr(state, "packing_format_for_cpu", False) or not all(scales):
         return "bitsandbytes has repacked it at an eval forward, with other scales"
     return None
 

@@ -26,7 +26,7 @@ HOOKS = (
 
 @dataclass(frozen=True)
 class Skipped:
-    """What a config named, or would name, and `adapt` left as it is.
+    """What `adapt` or `optimize` left as it is, though a config named it, or would name it.
 
     Args:
         name: of the module, or a pattern that names none.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from peftkern import _peft
+from peftkern import _conditions, _peft, _swapped
 from peftkern._select import starred
 from peftkern.adapt import Skipped, adapters
 from peftkern.qlora import QLoRALinear
@@ -16,7 +18,7 @@ VLLM_DEFAULT_RANK, VLLM_MAX_RANK = 16, 512  # of vLLM's option max_lora_rank
 
 @dataclass(frozen=True)
 class Row:
-    """One adapted module.
+    """One adapted or optimized module.
 
     Args:
         name: in the model.
@@ -24,7 +26,8 @@ class Row:
         format: how its base is stored: a 4-bit format or a dtype.
         trainable: parameters that take a gradient.
         bytes: of base, bias and adapter; where it is merged, of the original too.
-        mergeable: "exact", or what `merge` must be told, or "merged" and what that lost.
+        mergeable: "exact", or what `merge` must be told, or "merged" and what that lost; "by peft"
+            (its way, its rounding), or "no: " and the reason.
         vllm: "yes", or "no: " and the reason, or what vLLM must be told.
     """
 
@@ -39,11 +42,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The adapted modules of a model, and what was left as it is; prints as a table.
+    """The adapted and optimized modules of a model, and what was left as it is; prints as a table.
 
     Args:
         rows: one a module, in the model's order.
-        skipped: what a config named, or would name, with the reason why it has no adapter.
+        skipped: what a config named, or would name, or `optimize` would take, and why it was left.
         parameters: of the whole model.
     """
 
@@ -70,22 +73,22 @@ class Report:
         share = 100 * self.trainable / max(self.parameters, 1)
         lines = _table([head, *body], numbers=(3, 4))
         lines.append(
-            f"{len(self.rows)} adapted modules, {self.trainable:,} of {self.parameters:,} "
+            f"{len(self.rows)} modules, {self.trainable:,} of {self.parameters:,} "
             f"parameters train ({share:.2f} %), {self.bytes:,} bytes"
         )
-        left_out = [f"left out: {starred(s.name)}: {s.reason}" for s in self.skipped]
-        lines += dict.fromkeys(left_out)
+        left_out = Counter(f"left out: {starred(s.name)}: {s.reason}" for s in self.skipped)
+        lines += [line + (f" ({n} modules)" if n > 1 else "") for line, n in left_out.items()]
         return "\n".join(lines)
 
 
 def report(model: nn.Module) -> Report:
-    """What `adapt` has put where, and what it left out.
+    """What `adapt` has put where, what `optimize` runs on our kernels, and what was left out.
 
     Args:
         model: adapted or not; then the report is empty.
 
     Returns:
-        A `Report` with a row for every adapted module.
+        A `Report` with a row for every adapted or optimized module.
     """
     layers = adapters(model)
     rows = [_row(name, layer, list(layers.values())) for name, layer in layers.items()]
@@ -93,7 +96,18 @@ def report(model: nn.Module) -> Report:
     for layer in layers.values():  # a packed byte holds two weights
         if (weight := layer.quantized_weight) is not None:
             parameters += weight.shape.numel() - weight.packed.numel()
-    return Report(rows, list(getattr(model, "_peftkern_skipped", ())), parameters)
+    skipped = list(getattr(model, "_peftkern_skipped", ()))
+    optimized = {n: m for n, m in model.named_modules() if isinstance(m, _swapped.Swapped)}
+    for name, module in optimized.items():
+        if (reason := _conditions.why_not(module)) is not None:
+            skipped.append(Skipped(name, reason))
+            continue
+        rows.append(_row_of_optimized(name, module, list(optimized.values())))
+        base = _conditions.base_of(module)
+        packed = base._parameters["weight"]
+        assert packed is not None
+        parameters += _swapped.weight_of(base).shape.numel() - packed.numel()
+    return Report(rows, skipped, parameters)
 
 
 def _row(name: str, layer: QLoRALinear, layers: list[QLoRALinear]) -> Row:
@@ -132,10 +146,40 @@ def _vllm(layer: QLoRALinear, layers: list[QLoRALinear]) -> str:
     r, alpha, rslora = _peft.common(layers)
     if (_peft.rank(layer), _peft.alpha(layer, rslora)) != (r, alpha):
         return "no: a rank or alpha of its own"
-    ranks = max(map(_peft.rank, layers))
-    if ranks > VLLM_MAX_RANK:
+    return _vllm_rank(max(map(_peft.rank, layers)))
+
+
+def _vllm_rank(rank: int) -> str:
+    if rank > VLLM_MAX_RANK:
         return f"no: r above {VLLM_MAX_RANK}"
-    return "yes" if ranks <= VLLM_DEFAULT_RANK else f"yes, with max_lora_rank >= {ranks}"
+    return "yes" if rank <= VLLM_DEFAULT_RANK else f"yes, with max_lora_rank >= {rank}"
+
+
+def _row_of_optimized(name: str, layer: Any, layers: list[Any]) -> Row:
+    base = _conditions.base_of(layer)
+    weight, stored = _swapped.weight_of(base), base._parameters["weight"]
+    dtype = str(weight.dtype).removeprefix("torch.")
+    others = [p for p in layer.parameters() if p is not stored]
+    adapted = isinstance(layer, _swapped.Lora)
+    return Row(
+        name=name,
+        layer=_swapped.title(layer),
+        format=dtype if isinstance(weight, Tensor) else weight.format.name,
+        trainable=sum(p.numel() for p in layer.parameters() if p.requires_grad),
+        bytes=weight.nbytes + sum(p.nbytes for p in others),
+        mergeable="by peft" if adapted else "no: no adapter",
+        vllm=_vllm_of_peft(layer, layers) if adapted else "no: no adapter",
+    )
+
+
+def _vllm_of_peft(layer: Any, layers: list[Any]) -> str:
+    """Of its layer alone: what else vLLM refuses, such as `modules_to_save`, peft's config says."""
+    others: list[Any] = [other for other in layers if isinstance(other, _swapped.Lora)]
+    for name in layer.r:
+        facts = [(other.r[name], other.scaling[name]) for other in others if name in other.r]
+        if (layer.r[name], layer.scaling[name]) != Counter(facts).most_common(1)[0][0]:
+            return "no: a rank or alpha of its own"
+    return _vllm_rank(max(max(other.r.values(), default=0) for other in others))
 
 
 def _table(rows: list[list[str]], numbers: tuple[int, ...]) -> list[str]:

@@ -1,0 +1,234 @@
+"""The classes that `optimize` swaps in: those of peft and bitsandbytes, with a forward of ours.
+
+Each is made when it is first asked for, as an attribute of this module, since the library that it
+comes from need not be installed; pickle finds it by the same name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import import_module
+from operator import is_not
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftkern import _conditions
+from peftkern._conditions import Adapter
+from peftkern.qlora import QuantizedWeight, expert_linear, linear
+
+# Our name, and the class that it stands in for. A class of another forward is not here.
+ORIGINALS = {
+    "LoraLinear": ("peft.tuners.lora.layer", "Linear"),
+    "LoraLinear4bit": ("peft.tuners.lora.bnb", "Linear4bit"),
+    "LoraLinear8bitLt": ("peft.tuners.lora.bnb", "Linear8bitLt"),
+    "Linear4bit": ("bitsandbytes.nn.modules", "Linear4bit"),
+    "LinearNF4": ("bitsandbytes.nn.modules", "LinearNF4"),
+    "LinearFP4": ("bitsandbytes.nn.modules", "LinearFP4"),
+    "Linear8bitLt": ("bitsandbytes.nn.modules", "Linear8bitLt"),
+}
+CACHE = "_peftkern_weight"  # the attribute of a layer that holds its `Cache`
+
+
+class Swapped(nn.Module):
+    """What all of them are: a subclass that overrides forward alone."""
+
+
+class Lora(Swapped):
+    """A LoRA layer of peft: its base and its adapters in one pass."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not args and (not kwargs or kwargs.keys() == {"adapter_names"}):
+            names, base = kwargs.get("adapter_names"), _conditions.base_of(self)
+            adapters = _conditions.adapters_of(self, names)
+            if _conditions.reason(self, base, adapters, x, names) is None:
+                return _adapted(self, base, adapters, x, names)
+        _forget(self)
+        return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+
+
+class Quantized(Swapped):
+    """A linear of bitsandbytes that stands alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _conditions.why_not(self, x) is None:
+            return _product(self, self, x)
+        _forget(self)
+        return super().forward(x)  # type: ignore[no-any-return]
+
+
+class Cache:
+    """The quantised weight of a layer as its forward read it last: never copied, never pickled.
+
+    It holds the packed bytes, so a forward that is not ours lets go of it: weights that are sharded
+    or moved away are to be freed.
+    """
+
+    __slots__ = ("parts", "pointer", "weight")
+
+    def __init__(self) -> None:
+        self.pointer: int | None = None
+        self.parts: tuple[object, ...] = ()
+
+    def current(self, base: Any) -> Tensor | QuantizedWeight:
+        """Read anew where the weight has moved, was repacked or replaced since the last call."""
+        params = base._parameters["weight"]
+        if (state := getattr(params, "quant_state", None)) is not None:
+            parts = (state, state.absmax)
+        else:
+            parts = (params.SCB, base.state.SCB)
+        with torch._C.DisableTorchFunctionSubclass():
+            pointer = params.data_ptr()
+        if self.pointer != pointer or any(map(is_not, parts, self.parts)):
+            self.weight, self.parts, self.pointer = weight_of(base), parts, pointer
+        return self.weight
+
+    def __reduce__(self) -> tuple[type[Cache], tuple[()]]:
+        return Cache, ()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ORIGINALS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, original = ORIGINALS[name]
+    parent = getattr(import_module(module), original)
+    ours = Lora if name.startswith("Lora") else Quantized
+    cls = type(name, (ours, parent), {"__module__": __name__, "__doc__": ours.__doc__})
+    globals()[name] = cls
+    return cls
+
+
+def stand_in(layer: nn.Module) -> type[nn.Module] | None:
+    """Our class for a layer of exactly a class that we know."""
+    cls = type(layer)
+    for name, (module, original) in ORIGINALS.items():
+        if (cls.__module__, cls.__name__) == (module, original):
+            return getattr(import_module(__name__), name)  # type: ignore[no-any-return]
+    return None
+
+
+def title(layer: nn.Module) -> str:
+    """Its class as users call it: lora.Linear, bitsandbytes.Linear4bit, nn.Linear."""
+    cls = original(layer) if isinstance(layer, Swapped) else type(layer)
+    package, *inner = cls.__module__.split(".")
+    if package == "peft" and len(inner) > 1:
+        package = inner[1]
+    return f"{'nn' if package == 'torch' else package}.{cls.__name__}"
+
+
+def original(layer: nn.Module) -> type[nn.Module]:
+    """The class that a swapped layer had."""
+    return type(layer).__bases__[1]
+
+
+def made_for_peft(
+    target: nn.Module, adapter_name: str, config: Any, **options: Any
+) -> nn.Module | None:
+    """What peft puts around `target`, of a registered config; None where it is to choose itself."""
+    kind = _conditions.kind_of(target)
+    if kind == "dense":
+        plain = type(target) is nn.Linear and type(target.weight) is nn.Parameter
+        name = None if not plain or config.fan_in_fan_out else "LoraLinear"
+    else:
+        name = {"4-bit": "LoraLinear4bit", "8-bit": "LoraLinear8bitLt"}.get(kind or "")
+    if name is None or options.get("parameter_name") is not None:
+        return None
+    cls = getattr(import_module(__name__), name)
+    return cls(target, adapter_name, config=config, **options)  # type: ignore[no-any-return]
+
+
+def swap(layer: nn.Module, cls: type[nn.Module]) -> None:
+    """Changes the class, and the methods that hooks of accelerate have put on the instance."""
+    before = type(layer)
+    bound = [a for a in ("forward", "_old_forward") if _conditions.is_bound(layer, a, before)]
+    layer.__class__ = cls
+    for attribute in bound:
+        setattr(layer, attribute, MethodType(cls.forward, layer))
+    if not issubclass(cls, Swapped):
+        vars(layer).pop(CACHE, None)
+
+
+def _adapted(
+    layer: nn.Module, base: nn.Module, adapters: list[Adapter], x: Tensor,
+    names: Sequence[str] | None,
+) -> Tensor:  # fmt: skip
+    if not adapters:
+        return _product(layer, base, x)
+    if len(adapters) == 1 and names is None:
+        one = adapters[0]
+        return _product(layer, base, x, one.down.weight, one.up.weight, one.scale, one.dropout)
+    a = [one.down.weight for one in adapters]
+    b = [one.up.weight * one.scale for one in adapters]
+    if names is not None:
+        index = {one.name: i for i, one in enumerate(adapters)}
+        chosen = [index.get(name, -1) for name in names]
+        return _mixed(layer, base, x, chosen, torch.stack(a), torch.stack(b))
+    # One pass of the summed ranks: copying A and B costs less than another pass over x and y.
+    return _product(layer, base, x, torch.cat(a), torch.cat(b, 1))
+
+
+def _product(
+    layer: nn.Module, base: nn.Module, x: Tensor, a: Tensor | None = None, b: Tensor | None = None,
+    scale: float = 1.0, dropout: float = 0.0,
+) -> Tensor:  # fmt: skip
+    bias, weight = base._parameters["bias"], _weight(layer, base)
+    if isinstance(weight, Tensor):
+        return linear(x, weight, bias, a, b, scale, dropout)
+    return linear(_in_compute_dtype(base, x), weight, bias, a, b, scale, dropout).to(x.dtype)
+
+
+def _mixed(
+    layer: nn.Module, base: nn.Module, x: Tensor, adapters: list[int], a: Tensor, b: Tensor
+) -> Tensor:
+    """Each sample's rows belong to one adapter, or to none (-1)."""
+    bias, weight = base._parameters["bias"], _weight(layer, base)
+    rows = _in_compute_dtype(base, x).flatten(0, -2)
+    adapter = torch.tensor(adapters, dtype=torch.int32, device=x.device)
+    y = expert_linear(
+        rows,
+        weight[None] if isinstance(weight, Tensor) else _as_expert(weight),
+        torch.tensor([0, len(rows)], device=x.device),
+        None if bias is None else bias[None],
+        a,
+        b,
+        adapter=adapter.repeat_interleave(len(rows) // max(len(x), 1)),
+    ).view(*x.shape[:-1], -1)
+    return y if isinstance(weight, Tensor) else y.to(x.dtype)
+
+
+def _as_expert(weight: QuantizedWeight) -> QuantizedWeight:
+    return replace(weight, shape=torch.Size([1, *weight.shape]))
+
+
+def _in_compute_dtype(base: nn.Module, x: Tensor) -> Tensor:
+    """As bitsandbytes where that is the narrower one; sums run in float32 in any case."""
+    wanted = getattr(base, "compute_dtype", None)
+    narrower = x.dtype == torch.float32 and wanted in (torch.bfloat16, torch.float16)
+    return x.to(wanted) if narrower else x
+
+
+def _weight(layer: nn.Module, base: nn.Module) -> Tensor | QuantizedWeight:
+    """That of its base, which `why_not` has found fit."""
+    # Where it is compiled, reading costs nothing, and pointers mean nothing.
+    if _conditions.kind_of(base) == "dense" or torch.compiler.is_compiling():
+        return weight_of(base)
+    cache: Cache = vars(layer).get(CACHE) or vars(layer).setdefault(CACHE, Cache())
+    return cache.current(base)
+
+
+def _forget(layer: nn.Module) -> None:
+    if not torch.compiler.is_compiling():
+        vars(layer).pop(CACHE, None)
+
+
+def weight_of(base: nn.Module) -> Tensor | QuantizedWeight:
+    """bitsandbytes keeps all of a 4-bit weight in the parameter, of an 8-bit one in the layer."""
+    kind, params = _conditions.kind_of(base), base._parameters["weight"]
+    assert params is not None
+    if kind == "dense":
+        return params
+    source: Any = params if kind == "4-bit" else base
+    return QuantizedWeight.from_bnb(source)

@@ -1,0 +1,58 @@
+"""`explain`: what a layer runs, in words."""
+
+import pytest
+import torch
+from peft_models import BASES, adapted, layer, needs_kernels
+from torch import nn
+
+import peftkern
+from peftkern import QLoRALinear, _native
+
+
+@pytest.mark.parametrize("base", BASES)
+@needs_kernels
+def test_a_layer_on_our_kernels_names_them(base):
+    model = adapted(base)
+    one = layer(model)
+    assert peftkern.explain(one).endswith(
+        "its own forward: not optimized yet (peftkern.optimize does it)"
+    )
+    peftkern.optimize(model)
+    lines = peftkern.explain(one).splitlines()
+    assert lines[0].startswith("lora.Linear") and "64 x 64 in" in lines[0]
+    assert (base or "float32") in lines[0] and lines[0].endswith("on cpu")
+    assert lines[1] == "runs      peftkern.qlora, base and adapter default of rank 4 in one pass"
+    isa = _native.isa()
+    assert lines[2:] == [
+        f"forward   qlora_linear: C++ ({isa})", f"backward  qlora_linear_bwd: C++ ({isa})",
+    ]  # fmt: skip
+
+
+@needs_kernels
+def test_a_slower_instruction_set_is_told_of():
+    model = adapted("nf4")
+    peftkern.optimize(model)
+    *_, best = _native.available_isas()
+    with _native.using_isa("baseline"):
+        text = peftkern.explain(layer(model))
+    assert ("C++ (baseline, since it was chosen" in text) == (best != "baseline")
+    assert best in text
+
+
+@pytest.mark.parametrize("base", [None, "nf4"])
+def test_layers_of_our_own_are_explained_too(base):
+    one = QLoRALinear.from_linear(nn.Linear(64, 24), r=4, base=base)
+    lines = peftkern.explain(one).splitlines()
+    assert lines[0].startswith("peftkern.QLoRALinear, 24 x 64 in ")
+    assert lines[1] == "runs      peftkern.qlora, base and adapter of rank 4 in one pass"
+    one.to("meta")
+    assert "plain torch, since this build has no kernel for meta" in peftkern.explain(one)
+
+
+def test_what_is_not_adapted_says_so():
+    assert peftkern.explain(nn.Linear(4, 4)).splitlines() == [
+        "nn.Linear",
+        "runs      its own forward: neither adapted by peft nor quantised by bitsandbytes",
+    ]
+    with pytest.raises(TypeError, match="^layer must be an nn.Module, got Tensor"):
+        peftkern.explain(torch.ones(2))
