@@ -17,6 +17,22 @@ from typing import Any
 
 from torch import nn
 
+from peftkern.qlora.sharing import SharedInput
+
+
+def connect(model: nn.Module, takes_part: Callable[[nn.Module], bool]) -> None:
+    """Has layers that read one input computed together: `SharedInput` tells when.
+
+    Args:
+        model: holds the layers, adapted or optimized.
+        takes_part: which modules have `operands` and a `shared_input`.
+    """
+    for group in groups(model, takes_part):
+        shared = SharedInput()
+        for layer in group:
+            shared.join(layer)  # type: ignore[arg-type]
+            layer.shared_input = shared  # type: ignore[assignment]
+
 
 def groups(model: nn.Module, takes_part: Callable[[nn.Module], bool]) -> Iterator[list[nn.Module]]:
     """Children of one module that share an input, at least two of them, in the order of the calls.
@@ -29,7 +45,7 @@ def groups(model: nn.Module, takes_part: Callable[[nn.Module], bool]) -> Iterato
         for names in _calls_in(type(parent).forward):
             children = [parent._modules.get(name) for name in names]
             group = [c for c in dict.fromkeys(children) if c is not None and takes_part(c)]
-            if len(group) > 1:
+            if len(group) > 1 and len({layer.in_features for layer in group}) == 1:
                 yield group
 
 

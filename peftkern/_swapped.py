@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from peftkern import _conditions
 from peftkern._conditions import Adapter
 from peftkern.qlora import QuantizedWeight, expert_linear, linear
+from peftkern.qlora.sharing import SharedInput
+from peftkern.qlora.siblings import Sibling
 
 # Our name, and the class that it stands in for. A class of another forward is not here.
 ORIGINALS = {
@@ -40,7 +42,13 @@ class Swapped(nn.Module):
 class Lora(Swapped):
     """A LoRA layer of peft: its base and its adapters in one pass."""
 
+    shared_input: SharedInput | None = None
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.shared_input is not None and not args and not kwargs:
+            if (y := self.shared_input.forward(self, x)) is not None:
+                dense = _conditions.kind_of(_conditions.base_of(self)) == "dense"
+                return y if dense else y.to(x.dtype)
         if not args and (not kwargs or kwargs.keys() == {"adapter_names"}):
             names, base = kwargs.get("adapter_names"), _conditions.base_of(self)
             adapters = _conditions.adapters_of(self, names)
@@ -48,6 +56,24 @@ class Lora(Swapped):
                 return _adapted(self, base, adapters, x, names)
         _forget(self)
         return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def operands(self, x: Tensor) -> tuple[Sibling, float] | None:
+        """As `QLoRALinear.operands`, where one adapter is at work and computes in x's dtype."""
+        base = _conditions.base_of(self)
+        adapters = _conditions.adapters_of(self)
+        if len(adapters) != 1 or _conditions.reason(self, base, adapters, x, None) is not None:
+            return None
+        weight, (one,) = _weight(self, base), adapters
+        trains = isinstance(weight, Tensor) and weight.requires_grad
+        if trains or _in_compute_dtype(base, x) is not x:
+            return None
+        factors = one.down.weight, one.up.weight
+        return Sibling(weight, base._parameters["bias"], *factors, one.scale), one.dropout
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.shared_input is not None:
+            self.shared_input.join(self)
 
 
 class Quantized(Swapped):
@@ -149,6 +175,7 @@ def swap(layer: nn.Module, cls: type[nn.Module]) -> None:
         setattr(layer, attribute, MethodType(cls.forward, layer))
     if not issubclass(cls, Swapped):
         vars(layer).pop(CACHE, None)
+        vars(layer).pop("shared_input", None)
 
 
 def _adapted(

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from peftkern import _peft, _select
+from peftkern import _peft, _select, _siblings
 from peftkern.qlora import LoraConfig, QLoRALinear, QuantizedWeight
 from peftkern.qlora.frozen import base_of
 from peftkern.qlora.init import Factors
@@ -176,6 +176,7 @@ def place(model: nn.Module, plan: Plan) -> None:
             step()
         raise
     _freeze(model)
+    _siblings.connect(model, lambda module: isinstance(module, QLoRALinear))
     before: tuple[Skipped, ...] = getattr(model, "_peftkern_skipped", ())
     model._peftkern_skipped = (*before, *plan.skipped)  # type: ignore[assignment]
 

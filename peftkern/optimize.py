@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from peftkern import _select, _swapped
+from peftkern import _select, _siblings, _swapped
 from peftkern._conditions import why_not
 from peftkern._obstacles import is_candidate, obstacle
 from peftkern.adapt import Skipped
+from peftkern.qlora import QLoRALinear
 from peftkern.report import Report, report
 
 
@@ -43,7 +44,13 @@ def optimize(model: Any) -> Report:
     for prefix, one in reports.items():
         rows += [replace(row, name=_joined(prefix, row.name)) for row in one.rows]
         skipped += [replace(s, name=_joined(prefix, s.name)) for s in one.skipped]
-    return Report(rows, skipped, sum(one.parameters for one in reports.values()))
+    parameters = sum(one.parameters for one in reports.values())
+    shared = [
+        tuple(_joined(prefix, name) for name in names)
+        for prefix, one in reports.items()
+        for names in one.shared
+    ]
+    return Report(rows, skipped, parameters, shared)
 
 
 def restore(model: Any) -> None:
@@ -115,6 +122,7 @@ def _optimize(root: nn.Module) -> Report:
             planned[layer] = cls
     for layer, cls in planned.items():
         _swapped.swap(layer, cls)
+    _siblings.connect(root, lambda m: isinstance(m, (_swapped.Lora, QLoRALinear)))
     result = report(root)
     if not (result.rows or result.skipped or skipped):
         reason = "neither adapted by peft nor quantised by bitsandbytes"

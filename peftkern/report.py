@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,11 +48,13 @@ class Report:
         rows: one a module, in the model's order.
         skipped: what a config named, or would name, or `optimize` would take, and why it was left.
         parameters: of the whole model.
+        shared: names of rows that read one input, in one pass over it: q, k and v, say.
     """
 
     rows: list[Row]
     skipped: list[Skipped]
     parameters: int
+    shared: list[tuple[str, ...]] = field(default_factory=list)
 
     @property
     def trainable(self) -> int:
@@ -76,6 +78,8 @@ class Report:
             f"{len(self.rows)} modules, {self.trainable:,} of {self.parameters:,} "
             f"parameters train ({share:.2f} %), {self.bytes:,} bytes"
         )
+        together = [" + ".join(map(starred, names)) for names in self.shared]
+        lines += dict.fromkeys(f"one pass over the input: {names}" for names in together)
         left_out = Counter(f"left out: {starred(s.name)}: {s.reason}" for s in self.skipped)
         lines += [line + (f" ({n} modules)" if n > 1 else "") for line, n in left_out.items()]
         return "\n".join(lines)
@@ -107,7 +111,15 @@ def report(model: nn.Module) -> Report:
         packed = base._parameters["weight"]
         assert packed is not None
         parameters += _swapped.weight_of(base).shape.numel() - packed.numel()
-    return Report(rows, skipped, parameters)
+    return Report(rows, skipped, parameters, _shared(layers | optimized))
+
+
+def _shared(layers: dict[str, Any]) -> list[tuple[str, ...]]:
+    groups = defaultdict(list)
+    for name, layer in layers.items():
+        if (group := getattr(layer, "shared_input", None)) is not None:
+            groups[id(group)].append(name)
+    return [tuple(names) for names in groups.values() if len(names) > 1]
 
 
 def _row(name: str, layer: QLoRALinear, layers: list[QLoRALinear]) -> Row:

@@ -16,6 +16,7 @@ from torch import Tensor
 from peftkern import _native, qlora
 from peftkern._verdict import Case, Verdict, compare, judge
 from peftkern.qlora import QuantizedWeight, formats, reference
+from peftkern.qlora.siblings import Sibling, siblings
 
 # Blocks of 64 straddle rows of 96; one row of activations and forty take different kernels.
 OUTPUTS, INPUTS, RANK, EXPERTS, ROWS = 24, 96, 4, 3, (1, 40)
@@ -37,6 +38,9 @@ def cases(device: torch.device) -> Iterator[Case]:
             words = f"{base} {str(dtype).removeprefix('torch.')}"
             yield case(STEP, f"qlora.linear {words}", _linear, base, dtype)
             yield case(STEP, f"qlora.expert_linear {words}", _expert_linear, base, dtype)
+    for dtype in (torch.float32, torch.bfloat16):
+        words = f"qlora siblings {str(dtype).removeprefix('torch.')}"
+        yield case(("qlora_siblings", "qlora_siblings_bwd"), words, _siblings, dtype)
 
 
 def _quantize(name: str, device: torch.device) -> Iterator[Verdict]:
@@ -71,6 +75,34 @@ def _expert_linear(base: str, dtype: torch.dtype, device: torch.device) -> Itera
         adapter = torch.arange(rows, dtype=torch.int32) % (EXPERTS + 1) - 1
         operands = _operands(rows, dtype, EXPERTS)
         yield from _judge_step(*functions, (offsets, adapter), weight, operands, device)
+
+
+def _siblings(dtype: torch.dtype, device: torch.device) -> Iterator[Verdict]:
+    """One of every format, and a dense one."""
+    weights = [_base(base, OUTPUTS, INPUTS) for base in (*formats, "dense")]
+
+    def ours(x: Tensor, weights: list[Any], bias: Tensor, a: Tensor, b: Tensor) -> Any:
+        return siblings(x, [Sibling(w, bias, a, b, SCALE) for w in weights])
+
+    def plain(x: Tensor, weights: list[Any], bias: Tensor, a: Tensor, b: Tensor) -> Any:
+        return tuple(reference.linear(x, w, bias, a, b, SCALE) for w in weights)
+
+    def step(
+        run: Callable[..., Any], weights: list[Any], grad: Tensor,
+             *operands: Tensor) -> list[Tensor]:  # fmt: skip
+        x, *rest = leaves = [t.detach().requires_grad_() for t in operands]
+        ys = run(x, weights, *rest)
+        grads = torch.autograd.grad(ys, leaves, [grad] * len(ys))
+        return [y.detach() for y in ys] + list(grads)
+
+    def reference_step(*operands: Tensor) -> list[Tensor]:
+        return step(plain, list(operands[: len(weights)]), *operands[len(weights) :])
+
+    for rows in ROWS:
+        operands = _operands(rows, dtype)
+        there = [t.to(device) for t in operands]
+        found = step(ours, [w.to(device) for w in weights], *there)
+        yield from judge(found, reference_step, *map(_dense, weights), *operands)
 
 
 def _judge_step(

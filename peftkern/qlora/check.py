@@ -55,8 +55,12 @@ def linear(
 
 
 def _parameter(name: str, tensor: Tensor, expected: tuple[int, ...], x: Tensor) -> None:
-    if tensor.shape != expected:
-        _check.shape(name, tensor, expected)
+    if (
+        tensor.shape == expected and tensor.dtype in _check.FLOATS
+        and tensor.device == x.device and tensor.is_contiguous()
+    ):  # fmt: skip
+        return
+    _check.shape(name, tensor, expected)
     _check.dtype(name, tensor)
     _check.dense(name, tensor)
     _check.device(name, tensor, x)

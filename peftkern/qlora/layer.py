@@ -13,6 +13,8 @@ from peftkern.qlora.config import SPLITTING, LoraConfig, quantized_base
 from peftkern.qlora.format import Format
 from peftkern.qlora.frozen import FrozenBase, base_of
 from peftkern.qlora.ops import linear
+from peftkern.qlora.sharing import SharedInput
+from peftkern.qlora.siblings import Sibling
 from peftkern.qlora.weight import QuantizedWeight
 
 
@@ -78,6 +80,7 @@ class QLoRALinear(FrozenBase):
         self.register_buffer("initial_B", self.lora_B.detach().clone() if split else None)
         # LoftQ's later rounds quantise other values than the weight's.
         self.own_base = config.start == "loftq" and (config.start_number or 1) > 1
+        self.shared_input: SharedInput | None = None
         self._norms = dora.Norms()
         self.lora_magnitude_vector: nn.Parameter | None = None
         if config.use_dora:
@@ -91,7 +94,7 @@ class QLoRALinear(FrozenBase):
 
     @property
     def use_dora(self) -> bool:
-        return self.lora_magnitude_vector is not None
+        return self._parameters.get("lora_magnitude_vector") is not None
 
     def adapter(self) -> list[nn.Parameter]:
         """The parameters that are not the frozen base's."""
@@ -158,6 +161,8 @@ class QLoRALinear(FrozenBase):
         if self.merged:
             merging.refuse_training(self)
             return linear(x, self.base, self.bias)
+        if self.shared_input is not None and (y := self.shared_input.forward(self, x)) is not None:
+            return y
         base, factors = self.base, self.factors()
         if self.merge_aware:
             assert isinstance(base, QuantizedWeight)
@@ -167,6 +172,21 @@ class QLoRALinear(FrozenBase):
             return linear(x, base, self.bias, *factors, self.scaling, dropout)
         product = linear(x, base, None, *factors, self.scaling, dropout)
         return dora.rescale(product, self.lora_magnitude_vector, self.row_norms(), self.bias)
+
+    def operands(self, x: Tensor) -> tuple[Sibling, float] | None:
+        """What `siblings` multiplies x by, and the dropout; None where `forward` does otherwise."""
+        inside = self._parameters  # a module's own lookup takes longer than all the rest
+        a, b, weight = inside.get("lora_A"), inside.get("lora_B"), inside.get("weight")
+        # Of a sharded layer, or one that lies elsewhere, only its own call has the parameters here.
+        if type(a) is not nn.Parameter or b is None or weight is None or weight.device != x.device:
+            return None
+        # `siblings` has no gradient for the weight.
+        if self.original or self.merge_aware or self.use_dora or weight.requires_grad:
+            return None
+        factors = (a, b) if self.initial_A is None else self.factors()
+        base = weight if self._quantized is None else self._quantized.with_bytes(weight)
+        dropout = self.lora_dropout if self.training else 0.0
+        return Sibling(base, inside.get("bias"), *factors, self.scaling), dropout
 
     def merge(self, dtype: torch.dtype | None = None, requantize: bool = False) -> None:
         """As `peftkern.merge`, of this layer alone."""
@@ -186,6 +206,11 @@ class QLoRALinear(FrozenBase):
             return merged
         gain = dora.gain(self.lora_magnitude_vector, self.row_norms())
         return merged * gain[rows, None].to(merged.dtype)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.shared_input is not None:
+            self.shared_input.join(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QLoRALinear:
         self._norms = dora.Norms()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +46,13 @@ class QuantizedWeight:
     nested_absmax: Tensor | None = None
     nested_map: Tensor | None = None
     nested_offset: Tensor | None = None
+    _layout: list[int] = field(init=False, repr=False)  # asked for at every call
+
+    def __post_init__(self) -> None:
+        *leading, columns = self.shape if self.shape else (1,)
+        rows = leading if len(leading) == 2 else [1, torch.Size(leading).numel()]
+        layout = [*rows, columns, self.block_size or 0, self.format.bits]
+        object.__setattr__(self, "_layout", layout)
 
     @property
     def nested(self) -> bool:
@@ -69,9 +76,7 @@ class QuantizedWeight:
     @property
     def layout(self) -> list[int]:
         """experts, rows, columns, block size (0: a row) and bits: what ops need beside tensors."""
-        *leading, columns = self.shape if self.shape else (1,)
-        rows = leading if len(leading) == 2 else [1, torch.Size(leading).numel()]
-        return [*rows, columns, self.block_size or 0, self.format.bits]
+        return self._layout
 
     @property
     def nbytes(self) -> int:
