@@ -227,7 +227,10 @@ def _mixed(
 
 
 def _as_expert(weight: QuantizedWeight) -> QuantizedWeight:
-    return replace(weight, shape=torch.Size([1, *weight.shape]))
+    shape = torch.Size([1, *weight.shape])
+    if weight.block_size:
+        return replace(weight, shape=shape)
+    return replace(weight, packed=weight.packed[None], absmax=weight.absmax[None], shape=shape)
 
 
 def _in_compute_dtype(base: nn.Module, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """FP4, int8 and formats of one's own: their codes, by rules that are spelled here once more."""
 
+import dataclasses
 import struct
 
 import numpy as np
@@ -280,5 +281,5 @@ def test_fp4_keeps_the_zero_that_a_file_gives_to_code_8(isa):
     assert hexadecimal(weight)[:2] == "38" and bits_of(weight.dequantize()[1].item()) == 0
     signed = weight.codebook.clone()
     signed[8] = -0.0
-    negative = qlora.QuantizedWeight(**{**vars(weight), "codebook": signed}).dequantize()
+    negative = dataclasses.replace(weight, codebook=signed).dequantize()
     assert bits_of(negative[1].item()) == 1 << 31

@@ -1,5 +1,7 @@
 """Does qlora refuse what it cannot do, naming the argument, before anything is written?"""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from samples import sample
@@ -154,3 +156,16 @@ def test_a_raw_op_cannot_leave_its_memory():
     ):
         with pytest.raises(RuntimeError):
             quantize(*bad)
+
+
+def test_a_weight_whose_parts_do_not_fit_is_refused():
+    weight = qlora.quantize(torch.randn(8, 64))
+    for words, change in (
+        ("absmax must be contiguous and on cpu", {"absmax": weight.absmax.to("meta")}),
+        ("absmax must be contiguous", {"absmax": torch.ones(8, 2)[:, 0]}),
+        (r"absmax must be \[8\] torch.float32, got \[7\]", {"absmax": torch.ones(7)}),
+        ("block_size must be one of .* got 48", {"block_size": 48}),
+        ("quant_map must be", {"codebook": torch.ones(15)}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            replace(weight, **change)

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -60,7 +61,7 @@ def same(weight, other):
 
 def through_a_file(weight):
     data = safetensors.torch.save(layer_of(weight).state_dict())
-    layer = layer_of(QuantizedWeight(**{**vars(weight), "packed": torch.zeros_like(weight.packed)}))
+    layer = layer_of(replace(weight, packed=torch.zeros_like(weight.packed)))
     layer.load_state_dict(safetensors.torch.load(data), strict=True)
     return layer.quantized_weight
 
@@ -101,7 +102,7 @@ def test_casting_a_model_leaves_stored_bytes_alone(storage, cast, swap):
     """`nn.Module.to` converts every parameter of a float dtype: these look like some."""
     weight = stored(torch.float32) if storage == torch.uint8 else stored(storage)
     if storage == torch.uint8:
-        weight = QuantizedWeight(**{**vars(weight), "packed": weight.buffers[0]})
+        weight = replace(weight, packed=weight.buffers[0])
     model = nn.Sequential(layer_of(weight))
     before, wanted = raw(weight.packed).clone(), weight.dequantize()
     torch.__future__.set_swap_module_params_on_conversion(swap)
@@ -147,7 +148,7 @@ def test_moving_keeps_shape_and_storage(storage, device):
 def test_a_layer_computes_the_same_from_any_storage(isa, storage, format):
     floats = layer_of(stored(storage, format))
     weight = floats.quantized_weight
-    plain = layer_of(QuantizedWeight(**{**vars(weight), "packed": weight.buffers[0].clone()}))
+    plain = layer_of(replace(weight, packed=weight.buffers[0].clone()))
     results = []
     for layer in (floats, plain):
         x = torch.linspace(-1, 1, 20 * COLUMNS).view(20, COLUMNS).requires_grad_()
@@ -175,7 +176,7 @@ def test_a_layer_keeps_its_storage_when_it_loads(mine, file, assign):
     state["weight"] = raw(state["weight"]).view(file).view(-1, 1)
     fresh = qlora.quantize(torch.zeros(ROWS, COLUMNS), nested=True)
     packed = fresh.packed.view(-1).view(mine).view(-1, 1)
-    target = layer_of(QuantizedWeight(**{**vars(fresh), "packed": packed}))
+    target = layer_of(replace(fresh, packed=packed))
     target.load_state_dict(state, strict=True, assign=assign)
     assert target.weight.dtype == mine
     assert torch.equal(raw(target.weight), raw(source.weight))
@@ -204,7 +205,7 @@ def test_codes_may_lie_at_any_address(isa, format, offset):
     memory = torch.zeros(weight.packed.nbytes + 4, dtype=torch.uint8)
     there = memory[offset : offset + weight.packed.nbytes].view(weight.packed.dtype)
     there = there.view(weight.packed.shape).copy_(weight.packed)
-    moved = QuantizedWeight(**{**vars(weight), "packed": there})
+    moved = replace(weight, packed=there)
     for rows in (1, 40):
         x = torch.randn(rows, COLUMNS)
         assert torch.equal(qlora.linear(x, moved), qlora.linear(x, weight))

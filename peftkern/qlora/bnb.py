@@ -29,8 +29,7 @@ def taken(params: nn.Parameter | nn.Module) -> QuantizedWeight:
         name = type(params).__name__
         raise TypeError(f"params must be a quantised Params4bit or Int8Params, got {name}")
     # bitsandbytes rounds to float16 before it quantises.
-    weight = QuantizedWeight(codes, scales, None, codes.shape, torch.float16, formats["int8"], None)
-    return weight.check()
+    return QuantizedWeight(codes, scales, None, codes.shape, torch.float16, formats["int8"], None)
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -67,7 +66,7 @@ def _taken_4bit(packed: Tensor, state: Any) -> QuantizedWeight:
     if second and second.blocksize != reference.NESTED_BLOCK_SIZE:
         wanted = reference.NESTED_BLOCK_SIZE
         raise ValueError(f"nested_blocksize must be {wanted}, got {second.blocksize}")
-    weight = QuantizedWeight(
+    return QuantizedWeight(
         packed=packed.data.reshape(-1, 1),
         absmax=state.absmax,
         codebook=state.code,
@@ -79,7 +78,6 @@ def _taken_4bit(packed: Tensor, state: Any) -> QuantizedWeight:
         nested_map=second.code if second else None,
         nested_offset=torch.as_tensor(state.offset) if second else None,
     )
-    return weight.check()
 
 
 def given(weight: QuantizedWeight) -> Params4bit | Int8Params:
@@ -187,7 +185,7 @@ def loaded(like: QuantizedWeight, packed: Tensor, named: dict[str, Tensor]) -> Q
     weight = read(like, packed, named)
     if weight.shape != like.shape:
         raise ValueError(f"shape must be {list(like.shape)}, got {list(weight.shape)}")
-    return weight.check()
+    return weight
 
 
 def _require(named: dict[str, Tensor], *keys: str) -> None:

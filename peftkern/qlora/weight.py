@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +34,9 @@ class QuantizedWeight:
         nested_absmax: float32 `[ceil(blocks / 256)]`, the scales of the scales; None when plain.
         nested_map: float32 `[256]`, what a scale's code means.
         nested_offset: float32 `[]`, the mean that was taken off the scales.
+
+    Raises:
+        ValueError: a part is missing, does not fit, or lies elsewhere than the others.
     """
 
     packed: Tensor
@@ -53,6 +56,7 @@ class QuantizedWeight:
         rows = leading if len(leading) == 2 else [1, torch.Size(leading).numel()]
         layout = [*rows, columns, self.block_size or 0, self.format.bits]
         object.__setattr__(self, "_layout", layout)
+        self._check()
 
     @property
     def nested(self) -> bool:
@@ -90,19 +94,17 @@ class QuantizedWeight:
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """Shares what lies there already, copies the rest."""
-        return replace(self.scales_to(device), packed=self.packed.to(device))
+        return self.scales_to(device)._with(packed=self.packed.to(device))
 
     def with_bytes(self, packed: Tensor) -> QuantizedWeight:
-        """The same scales over other bytes; as `dataclasses.replace`, in a fifth of its time.
+        """The same scales over other bytes.
 
         Raises:
             TypeError: a cast has gone over the bytes, such as a mixed precision policy's.
         """
         if packed.dtype != self.packed.dtype:
             raise TypeError(f"weight must be {self.packed.dtype}, got {packed.dtype}")
-        twin = object.__new__(QuantizedWeight)
-        vars(twin).update(vars(self), packed=packed)
-        return twin
+        return self._with(packed=packed)
 
     def without_bytes(self) -> QuantizedWeight:
         """The scales alone, which keep no bytes alive."""
@@ -114,19 +116,25 @@ class QuantizedWeight:
         }
         if all(t.device == torch.device(device) for t in tensors.values()):
             return self
-        return replace(self, **{k: t.to(device) for k, t in tensors.items()})
+        return self._with(**{k: t.to(device) for k, t in tensors.items()})
 
-    def check(self) -> QuantizedWeight:
-        """Itself. What others have stored must not lead a kernel past the end of a tensor.
+    def _with(self, **tensors: Tensor) -> QuantizedWeight:
+        """As `dataclasses.replace` by tensors that fit, in a tenth of its time."""
+        twin = object.__new__(QuantizedWeight)
+        vars(twin).update(vars(self), **tensors)
+        return twin
 
-        Raises:
-            ValueError: a part is missing or does not fit.
-        """
+    def _check(self) -> None:
+        """What others have stored must not lead a kernel past the end of a tensor."""
         for name, tensor, shape, dtype in self._parts():
             if tensor is None or tensor.shape != torch.Size(shape) or tensor.dtype != dtype:
                 got = None if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
                 raise ValueError(f"{name} must be {list(shape)} {dtype}, got {got}")
-        return self
+            if tensor.device != self.packed.device or not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name} must be contiguous and on {self.packed.device}, "
+                    f"got strides {tensor.stride()} on {tensor.device}"
+                )
 
     def _parts(self) -> list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]]:
         """bitsandbytes' names of the tensors, and what they must be."""
