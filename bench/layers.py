@@ -46,6 +46,9 @@ class Case:
         return Work(products * read, products * written, products * base + adapter)
 
 
+PREFILL = (Case("attention 4096 x 4096, 512 rows", 4096, 4096, 512),)
+
+
 def weights(case: Case, copies: int) -> list[tuple[Tensor, ...]]:
     """Weights that the format holds exactly, and an adapter that matters. Copies are one matrix,
     rolled by what shares a scale: other values in every place, without drawing and rounding them

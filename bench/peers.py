@@ -40,7 +40,7 @@ def linear4bit(weight: Tensor, format: str = "nf4") -> nn.Module:
     import bitsandbytes
 
     layer = bitsandbytes.nn.Linear4bit(
-        weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.float32,
+        weight.shape[1], weight.shape[0], bias=False, compute_dtype=weight.dtype,
         compress_statistics=False, quant_type=format,
     )  # fmt: skip
     layer.weight = bitsandbytes.nn.Params4bit(

@@ -14,17 +14,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from peftkern import QLoRALinear, qlora
+from peftkern import qlora
 from peftkern.qlora import reference
 
 from . import peers
 from .check import Inputs
 from .floors import Work
 from .harness import Contender, measure
-from .layers import BLOCK_SIZE, Case, sets
-from .peers import SCALE
+from .layers import BLOCK_SIZE, PREFILL, Case, sets
+from .ours import our_layer, ours, plain
+from .qlora_training import input_gradients, qkv, training, training_dora
 from .row import Row
 
 # The layers are those of Llama 3 8B: the square attention projection and the widest of the MLP.
@@ -35,12 +36,7 @@ DECODE = (
 )
 # On both sides of where one way of multiplying gives place to the next.
 FEW = tuple(Case(f"attention 4096 x 4096, {m} rows", 4096, 4096, m) for m in (2, 4, 16, 32, 64, 96))
-PREFILL = (Case("attention 4096 x 4096, 512 rows", 4096, 4096, 512),)
 DECODE_LORA = (Case("attention 4096 x 4096, 1 row, r 16", 4096, 4096, 1, rank=16),)
-TRAIN = (
-    Case("attention 4096 x 4096, 512 rows, r 16", 4096, 4096, 512, rank=16),
-    Case("call 16 x 16, 1 row, r 4", 16, 16, 1, rank=4),
-)
 FP4 = tuple(
     Case(f"fp4 4096 x 4096, {rows}", 4096, 4096, count, format="fp4")
     for count, rows in ((1, "1 row"), (512, "512 rows"))
@@ -49,7 +45,10 @@ INT8_ROWS = tuple(
     Case(f"int8 4096 x 4096, {rows}", 4096, 4096, count, format="int8")
     for count, rows in ((1, "1 row"), (512, "512 rows"))
 )
-TRAIN_DORA = TRAIN[:1]
+IN_BF16 = (
+    Case("bf16 4096 x 4096, 1 row", 4096, 4096, 1),
+    Case("bf16 4096 x 4096, 512 rows", 4096, 4096, 512),
+)
 STORE = (Case("4096 x 4096", 4096, 4096, 1),)
 
 SHORT_LIST = (
@@ -59,63 +58,6 @@ SHORT_LIST = (
 
 INT8 = "activations in int8, weights on a uniform 4-bit grid"
 BF16 = "activations, scales and products in bf16"
-
-
-def plain(x: Tensor, weight: Tensor, *adapter: Tensor) -> Tensor:
-    return reference.linear(x, weight, None, *adapter, scale=SCALE)
-
-
-def ours(
-    weight: Tensor, *adapter: Tensor, format: str = "nf4", block_size: int | None = BLOCK_SIZE
-) -> Callable[[Tensor], Tensor]:
-    quantized = qlora.quantize(weight, format, block_size)
-    return lambda x: qlora.linear(x, quantized, None, *adapter, scale=SCALE)
-
-
-def our_layer(weight: Tensor, lora_a: Tensor, lora_b: Tensor, use_dora: bool = False) -> nn.Module:
-    rows, columns = weight.shape
-    base = nn.Linear(columns, rows, bias=False, device="meta")
-    base.weight = nn.Parameter(weight, requires_grad=False)
-    r = len(lora_a)
-    layer = QLoRALinear.from_linear(
-        base, r=r, lora_alpha=SCALE * r, base="nf4", block_size=BLOCK_SIZE, nested=False,
-        use_dora=use_dora,
-    )  # fmt: skip
-    with torch.no_grad():
-        layer.lora_A.copy_(lora_a)
-        layer.lora_B.copy_(lora_b)
-    return layer
-
-
-def with_gradients(build: Callable[..., Callable[[Tensor], Tensor]]) -> Callable[..., Any]:
-    """The same contender, forward and backward: y and the gradients of x and of the adapter."""
-
-    def trained(weight: Tensor, *adapter: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
-        adapter = tuple(t.detach().clone().requires_grad_() for t in adapter)
-        layer = build(weight, *adapter)
-        trains = adapter
-        if isinstance(layer, nn.Module):
-            trains = tuple(p for p in layer.parameters() if p.requires_grad)
-
-        def call(x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-            x = x.detach().requires_grad_()
-            y = layer(x)
-            return y, *torch.autograd.grad(y, (x, *trains), grad)
-
-        return call
-
-    return trained
-
-
-def input_gradient(build: Callable[..., Callable[[Tensor], Tensor]]) -> Callable[..., Any]:
-    """The backward pass alone, of a frozen weight: dX = g W."""
-
-    def backward(weight: Tensor, shape: torch.Size) -> Callable[[Tensor], Tensor]:
-        x = torch.zeros(shape, requires_grad=True)
-        y = build(weight)(x)
-        return lambda grad: torch.autograd.grad(y, x, grad, retain_graph=True)[0]
-
-    return backward
 
 
 def decode(quick: bool) -> Iterator[Row]:
@@ -138,6 +80,29 @@ def decode(quick: bool) -> Iterator[Row]:
         yield from measure(
             "qlora", "linear", case.name, some, sets(case, quick, (case.rows, case.inputs)),
             lambda weight, x: plain(x, weight), baseline="peftkern", work=case.work(), quick=quick,
+        )  # fmt: skip
+
+
+def in_bf16(quick: bool) -> Iterator[Row]:
+    """Activations in bfloat16; what has a dense weight has it in bfloat16 as well."""
+
+    def rounded(build: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        return lambda weight: build(weight.bfloat16())
+
+    contenders = {
+        "peftkern": Contender(ours),
+        "torch dense": Contender(rounded(peers.dense)),
+        "bitsandbytes, fresh": Contender(rounded(peers.bitsandbytes_fresh)),
+        "bitsandbytes, repacked": Contender(rounded(peers.bitsandbytes_repacked), BF16, 2e-2),
+    }
+    for case in IN_BF16:
+        inputs = sets(case, quick, (case.rows, case.inputs))
+        live = [tuple(t.bfloat16() for t in s.live) for s in inputs]
+        yield from measure(
+            "qlora", "linear", case.name, contenders,
+            [replace(s, live=x) for s, x in zip(inputs, live, strict=True)],
+            lambda weight, x: plain(x, weight), baseline="peftkern",
+            work=replace(case.work(), dtype=torch.bfloat16), quick=quick,
         )  # fmt: skip
 
 
@@ -179,71 +144,6 @@ def decode_lora(quick: bool) -> Iterator[Row]:
             "qlora", "linear", case.name, contenders, sets(case, quick, (case.rows, case.inputs)),
             lambda weight, a, b, x: plain(x, weight, a, b), baseline="peftkern",
             work=case.work(), quick=quick,
-        )  # fmt: skip
-
-
-def input_gradients(quick: bool) -> Iterator[Row]:
-    contenders = {
-        "peftkern": Contender(input_gradient(ours)),
-        "torch dense": Contender(input_gradient(peers.dense)),
-        "bitsandbytes, fresh": Contender(input_gradient(peers.bitsandbytes_fresh)),
-    }
-    for case in PREFILL:
-        shape = torch.Size((case.rows, case.inputs))
-        inputs = sets(case, quick, (case.rows, case.outputs))
-        yield from measure(
-            "qlora", "linear dX", case.name, contenders,
-            [replace(s, frozen=(*s.frozen, shape)) for s in inputs],
-            lambda weight, shape, grad: grad @ weight, baseline="peftkern", direction="backward",
-            work=case.work(), quick=quick,
-        )  # fmt: skip
-
-
-def training(quick: bool) -> Iterator[Row]:
-    builds = {
-        "peftkern": ours,
-        "peftkern.QLoRALinear": our_layer,
-        "torch dense": peers.dense,
-        "peft, dense": peers.peft_dense,
-        "peft + bitsandbytes, fresh": peers.peft_bitsandbytes,
-    }
-    contenders = {name: Contender(with_gradients(build)) for name, build in builds.items()}
-
-    def gradients(weight: Tensor, a: Tensor, b: Tensor, x: Tensor, grad: Tensor) -> Any:
-        return with_gradients(lambda w, a, b: lambda x: plain(x, w, a, b))(weight, a, b)(x, grad)
-
-    for case in TRAIN:
-        shapes = (case.rows, case.inputs), (case.rows, case.outputs)
-        yield from measure(
-            "qlora", "linear", case.name, contenders, sets(case, quick, *shapes), gradients,
-            baseline="peftkern", direction="forward+backward", work=case.work(products=2),
-            quick=quick,
-        )  # fmt: skip
-
-
-def training_dora(quick: bool) -> Iterator[Row]:
-    """With magnitudes as they are before training, and A and B as after it."""
-    builds = {
-        "peftkern.QLoRALinear": partial(our_layer, use_dora=True),
-        "peft, dense": partial(peers.peft_dense, use_dora=True),
-        "peft + bitsandbytes, fresh": partial(peers.peft_bitsandbytes, use_dora=True),
-    }
-    contenders = {name: Contender(with_gradients(build)) for name, build in builds.items()}
-
-    def product(weight: Tensor, a: Tensor, b: Tensor, m: Tensor) -> Callable[[Tensor], Tensor]:
-        norms = torch.linalg.vector_norm(weight + SCALE * (b @ a), dim=1).detach()
-        return lambda x: m / norms * plain(x, weight, a, b)
-
-    def gradients(weight: Tensor, a: Tensor, b: Tensor, x: Tensor, grad: Tensor) -> Any:
-        magnitude = torch.linalg.vector_norm(weight, dim=1)
-        return with_gradients(product)(weight, a, b, magnitude)(x, grad)
-
-    for case in TRAIN_DORA:
-        shapes = (case.rows, case.inputs), (case.rows, case.outputs)
-        yield from measure(
-            "qlora", "linear with DoRA", case.name, contenders, sets(case, quick, *shapes),
-            gradients, baseline="peftkern.QLoRALinear", direction="forward+backward",
-            work=case.work(products=2), quick=quick,
         )  # fmt: skip
 
 
@@ -313,8 +213,8 @@ def rows(device: str = "cpu", quick: bool = False) -> Iterator[Row]:
     if torch.device(device).type != "cpu":
         raise ValueError(f"device must be cpu for qlora's benchmarks, got {device}")
     parts = (
-        decode, other_formats, decode_lora, input_gradients, training, training_dora, quantizing,
-        dequantizing,
+        decode, in_bf16, other_formats, decode_lora, input_gradients, training, training_dora, qkv,
+        quantizing, dequantizing,
     )  # fmt: skip
     for part in parts:
         yield from part(quick)

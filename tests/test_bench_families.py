@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from peftkern import qlora
-from peftkern.bench import Row, harness, timing
+from peftkern.bench import Row, harness, qlora_training, timing
 from peftkern.bench import model as model_bench
 from peftkern.bench import qlora as qlora_bench
+from peftkern.bench.layers import Case
 
 
-def shrink(case: qlora_bench.Case) -> qlora_bench.Case:
+def shrink(case: Case) -> Case:
     """Few rows stay few and many stay many; sizes that every peer takes."""
     small = {"outputs": min(case.outputs, 128), "inputs": min(case.inputs, 64)}
     return replace(case, rows=min(case.rows, 64), **small)
@@ -37,15 +38,17 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     "part",
     [
-        "decode", "decode_lora", "input_gradients", "training", "training_dora", "quantizing",
-        "dequantizing",
+        "decode", "in_bf16", "other_formats", "decode_lora", "input_gradients", "training",
+        "training_dora", "qkv", "quantizing", "dequantizing",
     ],
 )  # fmt: skip
 def test_every_contender_of_qlora_is_right(
     part: str, brief: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("DECODE", "PREFILL", "DECODE_LORA", "TRAIN", "TRAIN_DORA", "STORE"):
-        monkeypatch.setattr(qlora_bench, name, tuple(map(shrink, getattr(qlora_bench, name))))
+    for module in (qlora_bench, qlora_training):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, tuple) and value and isinstance(value[0], Case):
+                monkeypatch.setattr(module, name, tuple(map(shrink, value)))
     found = outcome(getattr(qlora_bench, part)(quick=True))
     bad = {key: said for key, said in found.items() if said.startswith(("wrong", "failed"))}
     # bitsandbytes' AVX-512 kernel takes wrong scales where rows are shorter than a block.
