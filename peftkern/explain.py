@@ -67,12 +67,21 @@ def _text(weight: Tensor | QuantizedWeight) -> str:
 
 def _terms(layer: Any) -> str:
     if isinstance(layer, QLoRALinear):
-        return f"base and adapter of rank {layer.r} in one pass"
+        return _terms_of_ours(layer)
     adapters = _conditions.adapters_of(layer)
     if not adapters:
         return "base alone"
     ranks = ", ".join(f"{one.name} of rank {one.down.out_features}" for one in adapters)
     return f"base and adapter{'s' * (len(adapters) > 1)} {ranks} in one pass"
+
+
+def _terms_of_ours(layer: QLoRALinear) -> str:
+    if layer.merged:
+        return "the merged weight alone"
+    if layer.merge_aware:
+        return f"the weight that merging its adapter of rank {layer.r} would store"
+    rows = ", then a factor for each row (DoRA)" * layer.use_dora
+    return f"base and adapter of rank {layer.r} in one pass{rows}"
 
 
 def _kernel(op: str, device: str) -> str:

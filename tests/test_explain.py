@@ -49,6 +49,22 @@ def test_layers_of_our_own_are_explained_too(base):
     assert "plain torch, since this build has no kernel for meta" in peftkern.explain(one)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"use_dora": True}, "in one pass, then a factor for each row (DoRA)"),
+        ({"merge_aware": True}, "the weight that merging its adapter of rank 4 would store"),
+    ],
+)
+def test_a_variant_and_a_merge_are_explained(options, words):
+    one = QLoRALinear.from_linear(nn.Linear(64, 24), r=4, base="nf4", **options)
+    assert peftkern.explain(one).splitlines()[1].endswith(words)
+    one.merge(dtype=torch.float32)
+    assert (
+        peftkern.explain(one).splitlines()[1] == "runs      peftkern.qlora, the merged weight alone"
+    )
+
+
 def test_what_is_not_adapted_says_so():
     assert peftkern.explain(nn.Linear(4, 4)).splitlines() == [
         "nn.Linear",
