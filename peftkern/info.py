@@ -77,6 +77,9 @@ def info() -> Info:
 
 
 def _build_facts() -> dict[str, str]:
+    """Of the library in use; without one, those of a build that lies elsewhere say nothing."""
+    if not _native.loaded:
+        return {}
     try:
         facts = importlib.import_module("peftkern._build")
     except ModuleNotFoundError:

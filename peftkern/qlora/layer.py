@@ -158,11 +158,13 @@ class QLoRALinear(FrozenBase):
         return cls(base, linear.bias, config, factors).train(linear.training)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.shared_input is not None and (y := self.shared_input.forward(self, x)) is not None:
+            return y
+        if (plain := self.operands(x)) is not None:
+            return linear(x, *plain[0], plain[1])
         if self.merged:
             merging.refuse_training(self)
             return linear(x, self.base, self.bias)
-        if self.shared_input is not None and (y := self.shared_input.forward(self, x)) is not None:
-            return y
         base, factors = self.base, self.factors()
         if self.merge_aware:
             assert isinstance(base, QuantizedWeight)
@@ -174,7 +176,9 @@ class QLoRALinear(FrozenBase):
         return dora.rescale(product, self.lora_magnitude_vector, self.row_norms(), self.bias)
 
     def operands(self, x: Tensor) -> tuple[Sibling, float] | None:
-        """What `siblings` multiplies x by, and the dropout; None where `forward` does otherwise."""
+        """What plain LoRA multiplies x by, alone or together with others, and the dropout; None
+        where `forward` does otherwise.
+        """
         inside = self._parameters  # a module's own lookup takes longer than all the rest
         a, b, weight = inside.get("lora_A"), inside.get("lora_B"), inside.get("weight")
         # Of a sharded layer, or one that lies elsewhere, only its own call has the parameters here.
