@@ -14,6 +14,8 @@ import torch
 from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info
 from pytest_benchmark.utils import get_commit_info
 
+from peftkern import _native
+
 from .row import Run
 
 CPU = Path("/sys/devices/system/cpu/cpu0")
@@ -40,7 +42,6 @@ def commit_info() -> dict[str, Any]:
     return info
 
 
-@cache
 def device_name(device: str = "cpu") -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -48,7 +49,9 @@ def device_name(device: str = "cpu") -> str:
     widest = (
         "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else machine_info()["capability"]
     )
-    return f"{brand}, {torch.get_num_threads()} threads, {widest}"
+    *_, best = _native.available_isas() or ("none",)
+    held = "" if (isa := _native.isa()) == best else f", peftkern held to {isa}"
+    return f"{brand}, {torch.get_num_threads()} threads, {widest}{held}"
 
 
 def last_level_cache() -> int:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftkern import bench
-from peftkern.bench import Contender, Inputs, Work, floors, footprint
+from peftkern import _native, bench
+from peftkern.bench import Contender, Inputs, Work, floors, footprint, machine
 
 
 def test_floors_are_measured_beside_the_contenders() -> None:
@@ -66,3 +66,10 @@ def test_footprint_counts_what_threads_keep_between_calls() -> None:
     call()
     peak = footprint.footprint(call, torch.device("cpu")).peak_mib
     assert 63 <= peak < 80, "64, within what the system counts per core and adds up later"
+
+
+def test_a_run_held_to_a_lesser_instruction_set_says_so() -> None:
+    first, *others = _native.available_isas()
+    with _native.using_isa(first):
+        assert ("peftkern held to baseline" in machine.device_name()) == bool(others)
+    assert "held" not in machine.device_name()
