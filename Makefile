@@ -29,7 +29,7 @@ export PATH := $(BIN):$(PATH)
 venv: $(VENV)/.torch
 build: $(VENV)/.build
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.demo $(if $(findstring --compare-peers,$(DEMO)),$(VENV)/.peers)
 	peftkern demo $(DEMO)
 
 test: lint ctest ctest-sanitize pytest-sanitize
@@ -89,7 +89,11 @@ $(VENV)/.demo: $(VENV)/.torch $(BUILT_FROM)
 	$(MODEL)
 	touch $(VENV)/.build $@
 
+$(VENV)/.peers: $(VENV)/.demo
+	$(EDITABLE) '.[demo,peft]'
+	touch $(VENV)/.build $(VENV)/.demo $@
+
 $(VENV)/.test: $(VENV)/.torch $(BUILT_FROM)
 	$(EDITABLE) '.[test]'
 	$(MODEL)
-	touch $(VENV)/.build $(VENV)/.demo $@
+	touch $(VENV)/.build $(VENV)/.demo $(VENV)/.peers $@
