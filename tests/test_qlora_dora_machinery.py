@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 from doras import BASES, detached, expected, make, trained
+from saved import Saved
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from peftkern.qlora import LoraConfig, QLoRALinear, dora
@@ -96,19 +96,10 @@ def test_no_dense_weight_is_made_or_kept(base):
 def test_saved_for_backward_is_the_product_and_little_else():
     layer = make(bias=True)
     x = torch.randn(20, 64, requires_grad=True)
-    known = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters())}
-    new = {}
-
-    def count(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            new[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(count, lambda tensor: tensor):
+    with Saved((x, *layer.parameters())) as saved:
         layer(x)
     product, down, gains = 20 * 24 * 4, 20 * layer.r * 4, 2 * 24 * 4  # m / n and 1 / n
-    assert sum(new.values()) == product + down + gains
+    assert saved.bytes == product + down + gains
 
 
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])

@@ -8,8 +8,8 @@ import torch
 from close import assert_as_good
 from hypothesis import given
 from hypothesis import strategies as st
+from saved import Saved
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
@@ -244,21 +244,12 @@ def test_saved_for_backward_are_x_down_the_seed_and_references(base, dropout):
     kept = [x, *layer.parameters()]
     if base:
         kept += layer.quantized_weight.buffers
-    known = {t.untyped_storage().data_ptr() for t in kept}
-    new: dict[int, int] = {}
-
-    def count(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            new[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(count, lambda tensor: tensor):
+    with Saved(kept) as saved:
         y = layer(x)
     on_context, _ = tree_flatten(vars(y.grad_fn))  # what no hook sees
     for tensor in filter(torch.is_tensor, on_context):
-        count(tensor)
-    assert sum(new.values()) == 2 * 10 * layer.r * 4 + (8 if dropout else 0)  # down and seed
+        saved.count(tensor)
+    assert saved.bytes == 2 * 10 * layer.r * 4 + (8 if dropout else 0)  # down and seed
     y.sum().backward()
 
 

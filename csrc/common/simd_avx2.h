@@ -25,8 +25,7 @@ PEFTKERN_INLINE U load_bytes(const uint8_t* from) {
   return U(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
 PEFTKERN_INLINE F gather(const float* table, const uint8_t* bytes) {
-  const __m128i index = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
-  return _mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(index), 4);
+  return _mm256_i32gather_ps(table, __m256i(load_bytes(bytes)), 4);
 }
 PEFTKERN_INLINE void stream(float* to, F v) { _mm256_stream_ps(to, v); }
 PEFTKERN_INLINE void end_stream() { _mm_sfence(); }

@@ -21,8 +21,7 @@ PEFTKERN_INLINE U load_bytes(const uint8_t* from) {
 }
 // table[byte] for W bytes.
 PEFTKERN_INLINE F gather(const float* table, const uint8_t* bytes) {
-  const __m128i index = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
-  return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(index), table, 4);
+  return _mm512_i32gather_ps(__m512i(load_bytes(bytes)), table, 4);
 }
 // Past the caches, for what nobody reads soon. `to` lies on a multiple of 4 * W bytes.
 PEFTKERN_INLINE void stream(float* to, F v) { _mm512_stream_ps(to, v); }

@@ -88,8 +88,8 @@ def _siblings(dtype: torch.dtype, device: torch.device) -> Iterator[Verdict]:
         return tuple(reference.linear(x, w, bias, a, b, SCALE) for w in weights)
 
     def step(
-        run: Callable[..., Any], weights: list[Any], grad: Tensor,
-             *operands: Tensor) -> list[Tensor]:  # fmt: skip
+        run: Callable[..., Any], weights: list[Any], grad: Tensor, *operands: Tensor
+    ) -> list[Tensor]:
         x, *rest = leaves = [t.detach().requires_grad_() for t in operands]
         ys = run(x, weights, *rest)
         grads = torch.autograd.grad(ys, leaves, [grad] * len(ys))

@@ -96,8 +96,7 @@ def _apply(
     lora_b: Tensor | None, scale: float, dropout: float, seed: Tensor | int | None,
     offsets: Tensor | None = None, adapter: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    if torch._C._is_any_autocast_enabled():  # a tenth of the cost of asking for one device
-        x = _autocast(x)
+    x = _autocast(x)
     if dropout and lora_a is not None:
         seed = _seed(seed, x.device)
     else:
@@ -116,6 +115,8 @@ def _apply(
 
 
 def _autocast(x: Tensor) -> Tensor:
+    if not torch._C._is_any_autocast_enabled():  # a tenth of the cost of asking for one device
+        return x
     device = x.device.type
     if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x

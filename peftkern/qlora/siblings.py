@@ -157,8 +157,7 @@ def siblings(x: Tensor, parts: Sequence[Sibling], dropout: float = 0.0) -> tuple
     """
     for part in parts:
         check.linear(x, part.weight, 2, part.bias, part.lora_a, part.lora_b, dropout, None)
-    if torch._C._is_any_autocast_enabled():
-        x = _autocast(x)
+    x = _autocast(x)
     weights: list[Tensor] = []
     layouts: list[int] = []
     for weight, *_ in parts:
