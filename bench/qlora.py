@@ -45,10 +45,11 @@ INT8_ROWS = tuple(
     Case(f"int8 4096 x 4096, {rows}", 4096, 4096, count, format="int8")
     for count, rows in ((1, "1 row"), (512, "512 rows"))
 )
-IN_BF16 = (
-    Case("bf16 4096 x 4096, 1 row", 4096, 4096, 1),
-    Case("bf16 4096 x 4096, 512 rows", 4096, 4096, 512),
+IN_BF16 = tuple(
+    Case(f"bf16 4096 x 4096, {m} {'row' if m == 1 else 'rows'}", 4096, 4096, m)
+    for m in (1, 2, 16, 64, 256, 512)
 )
+INT8_IN_BF16 = tuple(replace(case, name=f"{case.name}, x in bf16") for case in INT8_ROWS)
 STORE = (Case("4096 x 4096", 4096, 4096, 1),)
 
 SHORT_LIST = (
@@ -83,36 +84,8 @@ def decode(quick: bool) -> Iterator[Row]:
         )  # fmt: skip
 
 
-def in_bf16(quick: bool) -> Iterator[Row]:
-    """Activations in bfloat16; what has a dense weight has it in bfloat16 as well."""
-
-    def rounded(build: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        return lambda weight: build(weight.bfloat16())
-
-    contenders = {
-        "peftkern": Contender(ours),
-        "torch dense": Contender(rounded(peers.dense)),
-        "bitsandbytes, fresh": Contender(rounded(peers.bitsandbytes_fresh)),
-        "bitsandbytes, repacked": Contender(rounded(peers.bitsandbytes_repacked), BF16, 2e-2),
-    }
-    for case in IN_BF16:
-        inputs = sets(case, quick, (case.rows, case.inputs))
-        live = [tuple(t.bfloat16() for t in s.live) for s in inputs]
-        yield from measure(
-            "qlora", "linear", case.name, contenders,
-            [replace(s, live=x) for s, x in zip(inputs, live, strict=True)],
-            lambda weight, x: plain(x, weight), baseline="peftkern",
-            work=replace(case.work(), dtype=torch.bfloat16), quick=quick,
-        )  # fmt: skip
-
-
-def other_formats(quick: bool) -> Iterator[Row]:
-    fp4 = {
-        "peftkern": Contender(partial(ours, format="fp4")),
-        "torch dense": Contender(peers.dense),
-        "bitsandbytes, fresh": Contender(partial(peers.bitsandbytes_fresh, format="fp4")),
-    }
-    int8 = {
+def int8_contenders() -> dict[str, Contender]:
+    return {
         "peftkern": Contender(partial(ours, format="int8", block_size=None)),
         "torch dense": Contender(peers.dense),
         "bitsandbytes Linear8bitLt, eval": Contender(
@@ -122,7 +95,43 @@ def other_formats(quick: bool) -> Iterator[Row]:
             partial(peers.bitsandbytes_8bit, training=True)
         ),
     }
-    for cases, contenders in ((FP4, fp4), (INT8_ROWS, int8)):
+
+
+def in_bf16(quick: bool) -> Iterator[Row]:
+    """Activations in bfloat16; what has a dense weight has it in bfloat16 as well."""
+
+    def rounded(contender: Contender) -> Contender:
+        return replace(contender, build=lambda weight: contender.build(weight.bfloat16()))
+
+    nf4 = {
+        "peftkern": Contender(ours),
+        "torch dense": rounded(Contender(peers.dense)),
+        "bitsandbytes, fresh": rounded(Contender(peers.bitsandbytes_fresh)),
+        "bitsandbytes, repacked": rounded(Contender(peers.bitsandbytes_repacked, BF16, 2e-2)),
+    }
+    int8 = {
+        name: contender if name == "peftkern" else rounded(contender)
+        for name, contender in int8_contenders().items()
+    }
+    for cases, contenders in ((IN_BF16, nf4), (INT8_IN_BF16, int8)):
+        for case in cases:
+            inputs = sets(case, quick, (case.rows, case.inputs))
+            live = [tuple(t.bfloat16() for t in s.live) for s in inputs]
+            yield from measure(
+                "qlora", "linear", case.name, contenders,
+                [replace(s, live=x) for s, x in zip(inputs, live, strict=True)],
+                lambda weight, x: plain(x, weight), baseline="peftkern",
+                work=replace(case.work(), dtype=torch.bfloat16), quick=quick,
+            )  # fmt: skip
+
+
+def other_formats(quick: bool) -> Iterator[Row]:
+    fp4 = {
+        "peftkern": Contender(partial(ours, format="fp4")),
+        "torch dense": Contender(peers.dense),
+        "bitsandbytes, fresh": Contender(partial(peers.bitsandbytes_fresh, format="fp4")),
+    }
+    for cases, contenders in ((FP4, fp4), (INT8_ROWS, int8_contenders())):
         for case in cases:
             yield from measure(
                 "qlora", "linear", case.name, contenders,

@@ -19,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NAMESPACE = "peftkern"  # spelled once more, in csrc/common/binding.h
-ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 
 references: dict[str, Callable[..., Any]] = {}  # of every op
 launchers: dict[str, Callable[..., Any]] = {}  # in Triton, of the ops that have one

@@ -238,3 +238,13 @@ def test_values_are_linear_in_their_scale(isa, format):
     weight = quantized(torch.randn(9, 64), format)
     twice = replace(weight, absmax=2 * weight.absmax)
     assert torch.equal(twice.dequantize(), 2 * weight.dequantize())
+
+
+@pytest.mark.parametrize("inputs", [2, 16, 17, 33, 64, 65, 130])
+def test_rows_of_bfloat16_are_the_reference(isa, inputs):
+    """A matrix unit takes them from two rows on, in squares of 16 and turns of 64."""
+    for nested, bias in ((False, True), (True, False)):
+        x, weight, b, lora_a, lora_b = sample(70, 576, inputs, 16, torch.bfloat16, 64, nested)
+        rest = [b if bias else None, lora_a, lora_b, 0.5]
+        y = qlora.linear(x, weight, *rest)
+        assert_as_good(y, reference.linear, x, weight.dequantize(torch.float32), *rest)

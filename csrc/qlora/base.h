@@ -52,7 +52,7 @@ class Base {
 
   // The product's dtype: bf16 where the CPU multiplies in it and x came in it, else the sums' own.
   ScalarType product_dtype(ScalarType x, ScalarType sums) const {
-    const bool bf16 = x == ScalarType::BFloat16 && current_isa() == Isa::avx512bf16;
+    const bool bf16 = x == ScalarType::BFloat16 && current_isa() >= Isa::avx512bf16;
     return bf16 ? ScalarType::BFloat16 : sums;
   }
 

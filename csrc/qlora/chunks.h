@@ -71,17 +71,23 @@ PEFTKERN_INLINE void decode(const Decoder& d, U word, F* values) {
 
 int64_t laid_out_width(int64_t columns) { return (columns + kChunk - 1) / kChunk * kChunk; }
 
-// 4 bits: out[chunk][k][m][l] = x[m, chunk * kChunk + kPlace[k] + lane_place(l)]; 8 bits:
-// x[m, chunk * kChunk + k * W + l]. Zeros behind the end.
-void lay_out(const Weight& weight, const float* x, int64_t group, float* out) {
-  const int64_t columns = weight.columns;
+// Rows of x that meet a decoded weight together; their vectors lie in turn.
+inline constexpr int64_t kGroup = 4;
+
+int64_t laid_out(int64_t inputs, int64_t columns) { return inputs * laid_out_width(columns); }
+
+// 4 bits: out[group][chunk][k][m][l] = x[m, chunk * kChunk + kPlace[k] + lane_place(l)], with m
+// within its group; 8 bits: x[m, chunk * kChunk + k * W + l]. Zeros behind the end of a row.
+void lay_out(const Weight& weight, const void* x, int64_t inputs, int64_t m, void* out) {
+  const int64_t columns = weight.columns, first = m / kGroup * kGroup;
+  const int64_t group = min(kGroup, inputs - first);
+  const float* from = static_cast<const float*>(x) + m * columns;
+  float* to = static_cast<float*>(out) + first * laid_out_width(columns) + (m - first) * W;
   for (int64_t begin = 0; begin < columns; begin += kChunk) {
-    for (int k = 0; k < 8; ++k) {
-      for (int64_t m = 0; m < group; ++m, out += W) {
-        for (uint32_t l = 0; l < W; ++l) {
-          const int64_t i = begin + (weight.bits == 8 ? k * W + l : kPlace[k] + lane_place(l));
-          out[l] = i < columns ? x[m * columns + i] : 0.0f;
-        }
+    for (int k = 0; k < 8; ++k, to += group * W) {
+      for (uint32_t l = 0; l < W; ++l) {
+        const int64_t i = begin + (weight.bits == 8 ? k * W + l : kPlace[k] + lane_place(l));
+        to[l] = i < columns ? from[i] : 0.0f;
       }
     }
   }

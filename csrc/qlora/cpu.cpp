@@ -1,4 +1,5 @@
 // The kernels' table, for one instruction set.
+#include "qlora/amx.h"
 #include "qlora/codes.h"
 #include "qlora/elementwise.h"
 #include "qlora/few_rows.h"
@@ -11,10 +12,14 @@ template <typename T>
 constexpr TypedKernels<T> typed{quantize<T>, quantize_rows<T>, dequantize<T>,
                                 dropout<T>,  to_float<T>,      from_float<T>};
 
-extern const Kernels kernels{typed<float>,          typed<double>, typed<peftkern::bf16>,
-                             typed<peftkern::fp16>, lay_out,       laid_out_width,
-                             serves_few_rows,       few_rows,      tiles,
-                             kMostFewRows,          kMostTiles,    {product, dots},
-                             {product, dots}};
+extern const Kernels kernels{
+    typed<float>,
+    typed<double>,
+    typed<peftkern::bf16>,
+    typed<peftkern::fp16>,
+    {serves_few_rows, lay_out, laid_out, few_rows, tiles, kMostFewRows, kMostTiles},
+    kRowsBf16,
+    {product, dots},
+    {product, dots}};
 
 }  // namespace peftkern::qlora::PEFTKERN_ISA

@@ -25,7 +25,7 @@ template <int M, typename Plan>
 PEFTKERN_INLINE void one_row(const Plan& plan, const uint8_t* codes, const float* scales,
                              const FewRows& io, int64_t width, int64_t input, int64_t n,
                              int64_t rows) {
-  const float* x = io.x + input * width;  // a group of M rows
+  const float* x = static_cast<const float*>(io.x) + input * width;  // a group of M rows
   F total[M] = {};
   for (int64_t chunk = 0; chunk * kChunk < width; ++chunk, x += M * kChunk) {
     F value[8], part[M] = {};

@@ -23,8 +23,6 @@
 namespace peftkern::qlora {
 
 inline constexpr int64_t kNestedBlock = 256;
-// Rows of x that meet a decoded weight together; their vectors lie in turn.
-inline constexpr int64_t kGroup = 4;
 
 struct Weight {
   const uint8_t* packed;       // [ceil(count / 2)]; int8 [count] for 8 bits
@@ -49,12 +47,12 @@ struct Rounding {
 
 // y[m, n] = sum_k x[m, k] W[n, k] + sum_j down[m, j] lora_b[n, j] + bias[n]
 struct FewRows {
-  const float* x;       // what `lay_out` wrote, by groups of kGroup rows and the rest
-  const float* down;    // [inputs, rank], the scale included
-  const float* lora_b;  // [rows, rank], or null
-  const float* bias;    // [rows], or null
-  float* y;             // [inputs, rows]
-  int64_t inputs, rank;
+  const void* x;         // what `lay_out` wrote
+  const float* down;     // [inputs, rank], the scale included
+  const float* lora_b;   // [rows, rank], or null
+  const float* bias;     // [rows], or null
+  float* y;              // [inputs, rows]
+  int64_t inputs, rank;  // inputs: at least 1
 };
 
 // out[i, c] = scale * sum_j x(i, j) p[j, c], on top of what is there where `add`; x in any layout,
@@ -110,22 +108,28 @@ struct TypedKernels {
   void (*from_float)(const float* from, int64_t count, T* to);
 };
 
-struct Kernels {
-  TypedKernels<float> f32;
-  TypedKernels<double> f64;
-  TypedKernels<peftkern::bf16> bf16;
-  TypedKernels<peftkern::fp16> fp16;
-  // A group of rows of x in the order in which few_rows and tiles meet this weight's codes; the
-  // room each row takes.
-  void (*lay_out)(const Weight& weight, const float* x, int64_t group, float* out);
-  int64_t (*laid_out_width)(int64_t columns);
-  // Whether few_rows and tiles can read this weight: rows of whole blocks, some and not too many.
-  bool (*serves_few_rows)(const Weight& weight);
+// The ways of few rows of x in one dtype to meet W without a panel of it in memory.
+struct FewRowsKernels {
+  // Whether they can read this weight: rows of whole blocks, some and not too many.
+  bool (*serves)(const Weight& weight);
+  // Row m of x in the order in which it meets this weight's codes; and the elements that `inputs`
+  // rows of x take so. Whoever lays out a row writes the zeros that may have to stand behind it.
+  void (*lay_out)(const Weight& weight, const void* x, int64_t inputs, int64_t m, void* out);
+  int64_t (*laid_out)(int64_t inputs, int64_t columns);
   // Rows [begin, end) of W, decoded in registers; or into the first-level cache, a tile at a time.
   void (*few_rows)(const Weight& weight, const FewRows& io, int64_t begin, int64_t end);
   void (*tiles)(const Weight& weight, const FewRows& io, int64_t begin, int64_t end);
   // The most rows of x for which each is the fastest, as measured; above both, panels are.
   int64_t most_few_rows, most_tiles;
+};
+
+struct Kernels {
+  TypedKernels<float> f32;
+  TypedKernels<double> f64;
+  TypedKernels<peftkern::bf16> bf16;
+  TypedKernels<peftkern::fp16> fp16;
+  FewRowsKernels rows_f32;
+  FewRowsKernels rows_bf16;  // none, but where the CPU has a matrix unit; no few_rows then either
   SumKernels<float> sums_f32;
   SumKernels<double> sums_f64;
 };

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "common/testing.h"
-#include "qlora/test_weights.h"
+#include "qlora/test_few_rows.h"
 
 using namespace peftkern;
 using namespace peftkern::qlora;
@@ -141,74 +141,6 @@ void nested_scales_are_a_product_and_a_sum() {
   EXPECT(out[0] == 8 * values[0] && out[31] == 8 * values[1]);
 }
 
-using FewKernel = void (*)(const Weight&, const FewRows&, int64_t, int64_t);
-
-std::vector<float> few(FewKernel kernel, const Stored& q, const std::vector<float>& x,
-                       int64_t inputs, int64_t pieces) {
-  const int64_t columns = q.weight.columns, width = kernels().laid_out_width(columns);
-  std::vector<float> laid(static_cast<size_t>(inputs * width));
-  for (int64_t m = 0; m < inputs; m += kGroup) {
-    kernels().lay_out(q.weight, x.data() + m * columns, std::min(kGroup, inputs - m),
-                      laid.data() + m * width);
-  }
-  std::vector<float> y(static_cast<size_t>(inputs * q.weight.rows), NAN);
-  const FewRows io{laid.data(), nullptr, nullptr, nullptr, y.data(), inputs, 0};
-  for (int64_t i = 0; i < pieces; ++i) {
-    kernel(q.weight, io, q.weight.rows * i / pieces, q.weight.rows * (i + 1) / pieces);
-  }
-  return y;
-}
-
-void is_the_product_with_the_dense_weight(FewKernel kernel, const Stored& q, int64_t inputs) {
-  const int64_t rows = q.weight.rows, columns = q.weight.columns;
-  const std::vector<float> x = numbers(inputs * columns, 2), w = dense(q.weight);
-  const std::vector<float> y = few(kernel, q, x, inputs, 1);
-  for (int64_t m = 0; m < inputs; ++m) {
-    for (int64_t n = 0; n < rows; ++n) {
-      double sum = 0, size = 0;
-      for (int64_t k = 0; k < columns; ++k) {
-        sum += double{x[m * columns + k]} * w[n * columns + k];
-        size += std::fabs(double{x[m * columns + k]} * w[n * columns + k]);
-      }
-      EXPECT(std::fabs(y[m * rows + n] - sum) <= 1e-6 * size);
-    }
-  }
-  EXPECT(few(kernel, q, x, inputs, 3) == y);
-  EXPECT(few(kernel, q, x, inputs, 19) == y);
-  // Nor does a row of x depend on those beside it.
-  const int64_t cut = inputs / 2;
-  std::vector<float> parts = few(kernel, q, x, cut, 1);
-  const std::vector<float> rest =
-      few(kernel, q, {x.begin() + cut * columns, x.end()}, inputs - cut, 1);
-  parts.insert(parts.end(), rest.begin(), rest.end());
-  EXPECT(parts == y);
-}
-
-void is_the_product_with_nibbles_and_bytes(FewKernel kernel, int64_t inputs) {
-  const int64_t rows = 19;
-  for (int64_t block : {16, 32, 64, 128, 256, 512}) {
-    const Nibbles q(numbers(rows * block * 3), rows, block * 3, block);
-    if (kernels().serves_few_rows(q.weight)) {
-      is_the_product_with_the_dense_weight(kernel, q, inputs);
-    }
-  }
-  for (int64_t columns : {1, 7, 64, 65, 127, 128, 129, 300, 1500}) {
-    const Bytes q(numbers(rows * columns), rows, columns);
-    EXPECT(kernels().serves_few_rows(q.weight));
-    is_the_product_with_the_dense_weight(kernel, q, inputs);
-  }
-}
-
-void few_rows_are_the_product_with_nibbles_and_bytes() {
-  for (int64_t inputs : {1, 2, 7}) {
-    is_the_product_with_nibbles_and_bytes(kernels().few_rows, inputs);
-  }
-}
-
-void tiles_are_the_product_with_nibbles_and_bytes() {
-  for (int64_t inputs : {1, 6, 70}) is_the_product_with_nibbles_and_bytes(kernels().tiles, inputs);
-}
-
 void dropout_depends_on_the_place_alone() {
   const std::vector<float> x = numbers(301);
   std::vector<float> whole(x.size()), parts(x.size());
@@ -290,6 +222,7 @@ int main() {
     RUN(nested_scales_are_a_product_and_a_sum);
     RUN(few_rows_are_the_product_with_nibbles_and_bytes);
     RUN(tiles_are_the_product_with_nibbles_and_bytes);
+    RUN(bf16_rows_are_the_product_with_the_weight_in_bf16);
     RUN(dropout_depends_on_the_place_alone);
     RUN(product_and_dots_are_matrix_products);
     RUN(a_long_sum_is_a_sum_of_short_ones);

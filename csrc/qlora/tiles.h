@@ -101,7 +101,8 @@ PEFTKERN_INLINE void tiles_by(const Plan& plan, const Weight& weight, const FewR
         }
         for (int64_t m = 0; m < inputs; m += kGroup) {
           const int64_t rows = min(kGroup, inputs - m);
-          const float* x = io.x + (first + m) * width + rows * chunk * kChunk;
+          const float* x =
+              static_cast<const float*>(io.x) + (first + m) * width + rows * chunk * kChunk;
           tile_group(rows, x, tile, depth, sums + m * kTileHeight);
         }
       }

@@ -7,17 +7,6 @@
 namespace peftkern::qlora {
 namespace {
 
-// In bf16, tiles still multiply in float: at 4096 x 4096, 16 rows take 2.1 ms so and 2.8 ms by
-// panels, 24 rows 3.0 and 2.9.
-constexpr int64_t kMostTilesBf16 = 16;
-
-// The most rows of one expert that are multiplied without decoding the weight into memory.
-int64_t most_rows_without_panels(const Problem& p) {
-  if (p.base.is_dense() || p.sums != ScalarType::Float) return 0;
-  if (!kernels().serves_few_rows(p.base.codes)) return 0;
-  return p.product == ScalarType::BFloat16 ? kMostTilesBf16 : kernels().most_tiles;
-}
-
 // down = D(x) A^T for one run, into rows of `down` [inputs, rank].
 void down_of(const Problem& p, const Run& run, const Matrix& down) {
   if (run.adapter < 0) return;
@@ -64,10 +53,9 @@ void forward(const std::vector<Forward>& problems) {
   FewRowsJobs jobs(scratch);
   for (const auto& [p, y, down] : problems) {
     for (const Run& run : p.runs) down_of(p, run, down);
-    const int64_t few = most_rows_without_panels(p);
     p.for_each_expert([&](const Run* first, const Run* last) {
       const int64_t begin = first->begin, end = last[-1].end;
-      if (end - begin <= few) {
+      if (few_rows_kernels(p, end - begin)) {
         for (const Run* run = first; run < last; ++run) jobs.add(p, *run, down, y);
         return;
       }

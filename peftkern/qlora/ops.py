@@ -145,10 +145,10 @@ def linear(
     """y = x W^T + bias + scale * (D(x) A^T) B^T, and W stays quantised.
 
     Hu et al., LoRA (2021); Dettmers et al., QLoRA (2023). Sums run in float32 (float64 for
-    float64); of many rows in bfloat16, on a CPU that multiplies in it, what stands before the
-    base's product is rounded to bfloat16 first. D drops elements of x in the low-rank term alone;
-    which ones depends on the seed and the element's place only, so every device and every tiling
-    drops the same. Under autocast x is cast as `torch.nn.functional.linear` casts it.
+    float64); of several rows in bfloat16, on a CPU that multiplies in it, W is rounded to bfloat16,
+    and of many so is what stands before the base's product. D drops elements of x in the low-rank
+    term alone; which ones depends on the seed and the element's place only, so every device and
+    every tiling drops the same. Under autocast x is cast as `torch.nn.functional.linear` casts it.
 
     Args:
         x: `[..., in]`, float32, bfloat16, float16 or float64.
