@@ -35,6 +35,9 @@ class CudaScope {
 
   bool holds(const Tensor& tensor) const { return tensor.is_cpu(); }
 
+  // Few, so that small operands are enough to have work split among them.
+  int64_t multiprocessors() const { return 4; }
+
   // The library is for tests: what is fresh is NaN.
   Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) const {
     Tensor tensor = peftkern::empty(shape, dtype);
@@ -74,6 +77,12 @@ class CudaScope {
 
   bool holds(const Tensor& tensor) const {
     return tensor.is_cuda() && tensor.get_device_index() == index_;
+  }
+
+  int64_t multiprocessors() const {
+    int count = 0;
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_);
+    return count;
   }
 
   // From torch's allocator, on that device and, for the allocator's books, on that stream.
