@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 OLDEST_TORCH = (2, 11)
 NEED_TORCH = "torch>=2.11"
-CUDA_CHOICES = ("on", "off", "auto")
+TOOLKIT = "/usr/local/cuda"
 GB_PER_JOB = 2  # what the compiler takes for the largest of our files, with room to spare
 
 
@@ -90,15 +90,15 @@ def need_compiler():
 def need_toolkit():
     """PEFTKERN_CUDA; CMake looks for the toolkit itself (csrc/toolkit.cmake)."""
     chosen = os.environ.get("PEFTKERN_CUDA") or "auto"
-    if chosen not in CUDA_CHOICES:
+    if chosen not in ("on", "off", "auto"):
         fail(f"PEFTKERN_CUDA must be on, off or auto, got {chosen}")
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    folders = [*(os.path.join(home, "bin") for home in homes if home), "/usr/local/cuda/bin"]
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), TOOLKIT]
+    folders = [os.path.join(home, "bin") for home in homes if home]
     path = os.pathsep.join([*folders, os.environ.get("PATH", os.defpath)])
     if chosen == "on" and not shutil.which("nvcc", path=path):
         fail(
-            "nvcc must be in CUDA_HOME, PATH or /usr/local/cuda where PEFTKERN_CUDA is on, got "
-            "none: install NVIDIA's CUDA toolkit, 12.0 or newer"
+            f"nvcc must be in CUDA_HOME, PATH or {TOOLKIT} where PEFTKERN_CUDA is on, got none: "
+            "install NVIDIA's CUDA toolkit, 12.0 or newer"
         )
     return chosen
 

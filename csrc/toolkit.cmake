@@ -21,6 +21,7 @@ macro(take_none reason)
   set(cuda_taken "no CUDA kernels: ${reason}")
   set(cuda_version "none")
   set(cuda_names "")
+  set(CMAKE_CUDA_ARCHITECTURES "")
   return()
 endmacro()
 
