@@ -2,8 +2,8 @@
 // codes are those of qlora.h; this says what differs.
 //
 // Pointers are the device's. Each function starts its kernels on `stream` of the current device and
-// returns the status of the start; none waits, allocates or reads what lies on the device, so a CUDA
-// graph may hold them. An empty output starts nothing. Addresses are 64 bits wide. What is not
+// returns the status of the start; none waits, allocates or reads what lies on the device, so a
+// CUDA graph may hold them. An empty output starts nothing. Addresses are 64 bits wide. What is not
 // aligned to 16 bytes, or has an odd size, is served more slowly and gives the same.
 //
 // quantize, quantize_rows and dequantize write the bytes that the CPU kernels write; only which NaN
@@ -35,10 +35,10 @@ enum class Float : int32_t { f32, f64, bf16, fp16 };
 
 // y[m, n] = sum_k x[m, k] W[n, k] + scale * sum_j down[m, j] lora_b[n, j] + bias[n]
 //
-// T: float, bf16, fp16. Sums are float, over a block of codes before its scale comes in, and rounded
-// to T once. Of a bf16 or fp16 x, products are those of the matrix unit: the codebook's values are
-// rounded to T (by up to 2^-9 and 2^-12 of themselves), the scales are not, nor are codes of 8 bits,
-// which T holds. Of a float x everything is float.
+// T: float, bf16, fp16. Sums are float, over a block of codes before its scale comes in, and
+// rounded to T once. Of a bf16 or fp16 x, products are those of the matrix unit: the codebook's
+// values are rounded to T (by up to 2^-9 and 2^-12 of themselves), the scales are not, nor are
+// codes of 8 bits, which T holds. Of a float x everything is float.
 template <typename T>
 struct Decode {
   const T* x;          // [inputs, columns]
@@ -56,8 +56,8 @@ struct Decode {
 inline constexpr int64_t kMostInputs = 16;
 
 // Codes and scales of `weight` [count]: packed [ceil(count / 2)], absmax [ceil(count / block)]; an
-// odd count ends with the code of zero. `thresholds` [15] and `codes` [16] as in qlora.h's Rounding.
-// block: a power of two, 16 to 4096.
+// odd count ends with the code of zero. `thresholds` [15] and `codes` [16] as in qlora.h's
+// Rounding. block: a power of two, 16 to 4096.
 template <typename T>
 cudaError_t quantize_cuda(const T* weight, int64_t count, const float* thresholds,
                           const uint8_t* codes, int64_t block, uint8_t* packed, float* absmax,
