@@ -115,9 +115,12 @@ inline void check_count(const CudaScope& scope, const Tensor& tensor, const char
 }
 
 inline void check_status(cudaError_t status, const char* op) {
+#if !defined(PEFTKERN_EMULATED)
   STD_TORCH_CHECK(status != cudaErrorNoKernelImageForDevice, op,
-                  " must be built for this GPU, got a build for others: name its compute "
-                  "capability in TORCH_CUDA_ARCH_LIST and build peftkern again");
+                  " must be built for this GPU, got a build for others: build peftkern with its "
+                  "compute capability in TORCH_CUDA_ARCH_LIST, or, below 8.0, with "
+                  "PEFTKERN_CUDA=off");
+#endif
   STD_TORCH_CHECK(status == cudaSuccess, op, " must start on the GPU, got '",
                   cudaGetErrorString(status), "'");
 }
