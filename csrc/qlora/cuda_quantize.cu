@@ -30,7 +30,7 @@ __device__ inline void load_values(const T* from, int64_t count, bool aligned,
 __device__ inline uint32_t larger(uint32_t most, const float (&values)[kValues]) {
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
-    const uint32_t bits = bits_of(values[i]) & 0x7FFFFFFFu;
+    const uint32_t bits = __float_as_uint(values[i]) & 0x7FFFFFFFu;
     most = bits > most ? bits : most;
   }
   return most;
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads)
     const uint32_t other = __shfl_xor_sync(kAllLanes, bits, offset);
     bits = other > bits ? other : bits;
   }
-  float most = as_float(bits), inverse = __fdiv_rn(1.0f, most);
+  float most = __uint_as_float(bits), inverse = __fdiv_rn(1.0f, most);
   if (inverse > kLargest) most = inverse = 0.0f;  // no finite reciprocal: stored as zeros
   if (start == 0 && begin < count) absmax[b] = most;
   for (int i = start; i < block && begin + i < count; i += stride) {
@@ -103,12 +103,11 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // The largest among the block's threads, for each of them.
-__device__ inline uint32_t largest_of_block(uint32_t bits) {
-  __shared__ uint32_t of_warp[kThreads / 32];
+__device__ inline uint32_t largest_of_block(uint32_t bits, uint32_t* of_warp) {
   bits = __reduce_max_sync(kAllLanes, bits);
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = bits;
   __syncthreads();
-  for (uint32_t other : of_warp) bits = other > bits ? other : bits;
+  for (int w = 0; w < kThreads / 32; ++w) bits = of_warp[w] > bits ? of_warp[w] : bits;
   return bits;
 }
 
@@ -120,6 +119,7 @@ __global__ void __launch_bounds__(kThreads)
                          bool aligned,  // the rows of weight to 16 bytes, those of codes to 8
                          int8_t* __restrict__ codes,    // [rows, columns]
                          float* __restrict__ absmax) {  // [rows]
+  __shared__ uint32_t of_warp[kThreads / 32];
   const T* from = weight + blockIdx.x * columns;
   int8_t* to = codes + blockIdx.x * columns;
   float values[kValues];
@@ -128,7 +128,8 @@ __global__ void __launch_bounds__(kThreads)
     load_values(from + i, columns - i, aligned, values);
     bits = larger(bits, values);
   }
-  float most = as_float(largest_of_block(bits)), inverse = __fmul_rn(127.0f, __fdiv_rn(1.0f, most));
+  float most = __uint_as_float(largest_of_block(bits, of_warp)),
+        inverse = __fmul_rn(127.0f, __fdiv_rn(1.0f, most));
   if (inverse > kLargest) most = inverse = 0.0f;  // no finite reciprocal: stored as zeros
   if (threadIdx.x == 0) absmax[blockIdx.x] = most;
   for (int64_t i = threadIdx.x * kValues; i < columns; i += kThreads * kValues) {
@@ -138,7 +139,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int j = 0; j < kValues; ++j) {
       const float scaled = __fmul_rn(values[j], inverse);
       // Added to a small number, it leaves the nearest integer in the low bits.
-      const uint32_t code = scaled == scaled ? bits_of(__fadd_rn(scaled, 0x1.8p23f)) & 0xFFu : 0u;
+      const uint32_t code =
+          scaled == scaled ? __float_as_uint(__fadd_rn(scaled, 0x1.8p23f)) & 0xFFu : 0u;
       words[j / 4] |= code << 8 * (j % 4);
     }
     if (aligned && i + kValues <= columns) {

@@ -12,20 +12,9 @@ namespace peftkern::qlora {
 // The largest finite float: what has no finite reciprocal is above it.
 inline constexpr float kLargest = 3.402823466e38f;
 
-__device__ inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-__device__ inline float as_float(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 __device__ inline float to_float(float value) { return value; }
 __device__ inline float to_float(double value) { return static_cast<float>(value); }
-__device__ inline float to_float(bf16 value) { return as_float(uint32_t{value.bits} << 16); }
+__device__ inline float to_float(bf16 value) { return __uint_as_float(uint32_t{value.bits} << 16); }
 __device__ inline float to_float(fp16 value) { return ptx::to_float(value); }
 
 __device__ inline uint32_t pack(float low, float high, bf16) { return ptx::pack_bf16x2(low, high); }
@@ -51,7 +40,8 @@ __device__ inline void load_run(const T* from, float* out) {
 }
 
 __device__ inline uint4 run_of(const float (&values)[4], float) {
-  return {bits_of(values[0]), bits_of(values[1]), bits_of(values[2]), bits_of(values[3])};
+  return {__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
+          __float_as_uint(values[3])};
 }
 __device__ inline uint4 run_of(const float (&values)[2], double) {
   const double wide[2] = {values[0], values[1]};
