@@ -35,13 +35,13 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   share.inputs = static_cast<int>(io.inputs) - share.input;
   if (share.inputs > kMost) share.inputs = kMost;
 
-  const Ring<T, Layout, kMost> ring(shared, weight, io.x, share);
+  Ring<T, Layout, kMost> ring(shared, weight, io.x, share);
 #pragma unroll
   for (int t = 0; t < ring.kStages - 1; ++t) ring.fill(t);
   Values<T, Layout>::write(shared, weight.codebook);
   Scales<Layout> scales(shared, Where::kScales, Where::kMap, weight, shift, share);
   if constexpr (Layout::kBits == 4) {
-    if (weight.map) {
+    if constexpr (Layout::kNested) {
       reinterpret_cast<float*>(shared + Where::kMap)[threadIdx.x] = weight.map[threadIdx.x];
       __syncthreads();
     }
@@ -154,10 +154,20 @@ cudaError_t decode_tiles(const DeviceWeight& weight, const Decode<T>& io, float*
 template <typename T, typename Layout>
 cudaError_t decode_layout(const DeviceWeight& weight, const Decode<T>& io, float* workspace,
                           cudaStream_t stream) {
-  if constexpr (sizeof(T) == 2) {
-    if (io.inputs > 8) return decode_tiles<T, Layout, 16>(weight, io, workspace, stream);
+  if constexpr (sizeof(T) == 4) {
+    return decode_tiles<T, Layout, 4>(weight, io, workspace, stream);
+  } else if (io.inputs > 8) {
+    return decode_tiles<T, Layout, 16>(weight, io, workspace, stream);
+  } else {
+    return decode_tiles<T, Layout, 8>(weight, io, workspace, stream);
   }
-  return decode_tiles<T, Layout, 8>(weight, io, workspace, stream);
+}
+
+template <typename T, int kSegment>
+cudaError_t decode_nibbles(const DeviceWeight& weight, const Decode<T>& io, float* workspace,
+                           cudaStream_t stream) {
+  return weight.absmax ? decode_layout<T, Layout<4, kSegment, false>>(weight, io, workspace, stream)
+                       : decode_layout<T, Layout<4, kSegment, true>>(weight, io, workspace, stream);
 }
 
 }  // namespace
@@ -198,13 +208,13 @@ cudaError_t decode_cuda(const DeviceWeight& weight, const Decode<T>& io, float* 
                   weight.bits == 4 ? log2_of(weight.block) : 0);
   }
   if (weight.bits == 8) {
-    return decode_layout<T, Layout<8, 64>>(weight, io, workspace, stream);
+    return decode_layout<T, Layout<8, 64, false>>(weight, io, workspace, stream);
   }
   if (weight.block >= 64 && weight.columns % 64 == 0) {
-    return decode_layout<T, Layout<4, 64>>(weight, io, workspace, stream);
+    return decode_nibbles<T, 64>(weight, io, workspace, stream);
   }
-  return weight.block >= 32 ? decode_layout<T, Layout<4, 32>>(weight, io, workspace, stream)
-                            : decode_layout<T, Layout<4, 16>>(weight, io, workspace, stream);
+  return weight.block >= 32 ? decode_nibbles<T, 32>(weight, io, workspace, stream)
+                            : decode_nibbles<T, 16>(weight, io, workspace, stream);
 }
 
 #define INSTANTIATE(T) \

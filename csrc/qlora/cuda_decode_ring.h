@@ -15,11 +15,12 @@ inline constexpr int kDecodeThreads = 256;
 inline constexpr int kTileRows = 64, kTileColumns = 256, kWarpRows = 32, kPart = 64;
 inline constexpr int kParts = kTileColumns / kPart;
 
-// How codes lie in a stage. A row is padded so that the rows of a group's neighbours fall into
-// other banks.
-template <int kBits_, int kSegment_>
+// How codes lie in a stage, and what their scales are. A row is padded so that neighbouring rows
+// fall into other banks.
+template <int kBits_, int kSegment_, bool kNested_>
 struct Layout {
   static constexpr int kBits = kBits_, kSegment = kSegment_;
+  static constexpr bool kNested = kNested_;
   static constexpr int kSteps = kSegment / 16, kSegments = kPart / kSegment;
   static constexpr int kRowBytes = kTileColumns * kBits / 8, kPitch = kRowBytes * 5 / 4;
   static constexpr int kCodesBytes = kTileRows * kPitch;
@@ -35,7 +36,7 @@ struct Plan {
   static constexpr int kStages = kMost == 8 && sizeof(T) == 2 ? 4 : 3;
   static constexpr int kXPitch = kTileColumns * static_cast<int>(sizeof(T)) + 16;
   static constexpr int kTableBytes = Layout::kBits == 4 ? 256 * 128 : 0;
-  static constexpr int kMap = kTableBytes, kMapBytes = Layout::kBits == 4 ? 1024 : 0;
+  static constexpr int kMap = kTableBytes, kMapBytes = Layout::kNested ? 1024 : 0;
   static constexpr int kScales = kMap + kMapBytes;
   static constexpr int kRing = kScales + 2 * Layout::kScales * 4;
   static constexpr int bytes(int inputs) {
@@ -52,6 +53,14 @@ struct Share {
   int input, inputs;  // rows of x
 };
 
+// How many times a thread has something to fetch `every` bytes further on, where `left` are left.
+__device__ inline int times(int64_t left, int every, bool any, int most) {
+  if (!any || left <= 0) return 0;
+  const int64_t count = (left + every - 1) / every;
+  return count < most ? static_cast<int>(count) : most;
+}
+
+// The stages of codes and x. A thread copies the same places of each stage.
 template <typename T, typename Layout, int kMost>
 class Ring {
   using Where = Plan<T, Layout, kMost>;
@@ -60,63 +69,70 @@ class Ring {
   static constexpr int kStages = Where::kStages;
 
   __device__ Ring(char* shared, const DeviceWeight& weight, const T* x, const Share& share)
-      : memory_(shared + Where::kRing),
-        codes_(weight.packed),
-        x_(reinterpret_cast<const char*>(x + share.input * weight.columns)),
-        rows_(weight.rows - share.row),
-        row_bytes_(weight.columns * Layout::kBits / 8),
-        x_bytes_(weight.columns * static_cast<int64_t>(sizeof(T))),
-        share_(share),
-        stage_bytes_(Layout::kCodesBytes + share.inputs * Where::kXPitch) {}
+      : memory_(shared + Where::kRing), stages_(share.stages) {
+    const int64_t row_bytes = weight.columns * Layout::kBits / 8;
+    const int64_t begin = share.stage * Layout::kRowBytes + threadIdx.x % kPieces * 16;
+    bytes_ = Layout::kCodesBytes + share.inputs * Where::kXPitch;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int row = (threadIdx.x + i * kDecodeThreads) / kPieces;
+      codes_[i] = weight.packed + (share.row + row) * row_bytes + begin;
+      codes_times_[i] =
+          times(row_bytes - begin, Layout::kRowBytes, share.row + row < weight.rows, share.stages);
+    }
+    const int64_t x_bytes = weight.columns * static_cast<int64_t>(sizeof(T));
+    const int64_t x_begin = share.stage * kXRowBytes + threadIdx.x % kXPieces * 16;
+    x_times_ = times(x_bytes - x_begin, kXRowBytes, true, share.stages);
+    inputs_ = share.inputs;
+#pragma unroll
+    for (int i = 0; i < kXCopies; ++i) {
+      const int input = (threadIdx.x + i * kDecodeThreads) / kXPieces;
+      x_[i] = reinterpret_cast<const char*>(x) + (share.input + input) * x_bytes + x_begin;
+    }
+  }
 
-  // Starts the copies of stage `t` into the place of the one kStages before; they are one group,
-  // which is empty past the last stage. What is outside of the matrices becomes zeros.
-  __device__ void fill(int t) const {
-    if (t < share_.stages) {
-      char* to = memory_ + t % kStages * stage_bytes_;
-      const int64_t stage = share_.stage + t;
-      copy_codes(to, stage * Layout::kRowBytes);
-      copy_x(to + Layout::kCodesBytes, stage * kXRowBytes);
+  // Starts the copies of stage `t`, the next one, into the place of the one kStages before; they
+  // are one group, which is empty past the last stage. What is outside of the matrices becomes
+  // zeros.
+  __device__ void fill(int t) {
+    if (t < stages_) {
+      char* to = memory_ + t % kStages * bytes_;
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        const int row = (threadIdx.x + i * kDecodeThreads) / kPieces;
+        ptx::cp_async_16(to + row * Layout::kPitch + threadIdx.x % kPieces * 16, codes_[i],
+                         t < codes_times_[i]);
+        codes_[i] += Layout::kRowBytes;
+      }
+      to += Layout::kCodesBytes;
+#pragma unroll
+      for (int i = 0; i < kXCopies; ++i) {
+        const int input = (threadIdx.x + i * kDecodeThreads) / kXPieces;
+        if (input < inputs_) {
+          ptx::cp_async_16(to + input * Where::kXPitch + threadIdx.x % kXPieces * 16, x_[i],
+                           t < x_times_);
+        }
+        x_[i] += kXRowBytes;
+      }
     }
     ptx::cp_async_commit();
   }
 
-  __device__ const char* codes(int t) const { return memory_ + t % kStages * stage_bytes_; }
+  __device__ const char* codes(int t) const { return memory_ + t % kStages * bytes_; }
   __device__ const char* x(int t) const { return codes(t) + Layout::kCodesBytes; }
 
  private:
+  static constexpr int kPieces = Layout::kRowBytes / 16;
+  static constexpr int kCopies = kTileRows * kPieces / kDecodeThreads;
   static constexpr int kXRowBytes = kTileColumns * static_cast<int>(sizeof(T));
-
-  __device__ void copy_codes(char* to, int64_t begin) const {
-    constexpr int kPieces = Layout::kRowBytes / 16, kCopies = kTileRows * kPieces / kDecodeThreads;
-    const int piece = threadIdx.x % kPieces * 16;
-    const bool inside = begin + piece < row_bytes_;
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const int row = (threadIdx.x + i * kDecodeThreads) / kPieces;
-      const bool valid = inside && row < rows_;
-      const int64_t from = (share_.row + row) * row_bytes_ + begin + piece;
-      ptx::cp_async_16(to + row * Layout::kPitch + piece, codes_ + (valid ? from : 0), valid);
-    }
-  }
-
-  __device__ void copy_x(char* to, int64_t begin) const {
-    constexpr int kPieces = kXRowBytes / 16;
-    const int piece = threadIdx.x % kPieces * 16;
-    const bool valid = begin + piece < x_bytes_;
-    for (int input = threadIdx.x / kPieces; input < share_.inputs;
-         input += kDecodeThreads / kPieces) {
-      const int64_t from = input * x_bytes_ + begin + piece;
-      ptx::cp_async_16(to + input * Where::kXPitch + piece, x_ + (valid ? from : 0), valid);
-    }
-  }
+  static constexpr int kXPieces = kXRowBytes / 16;
+  static constexpr int kXCopies = kMost * kXPieces / kDecodeThreads;
 
   char* memory_;
-  const uint8_t* codes_;
-  const char* x_;
-  int64_t rows_, row_bytes_, x_bytes_;
-  Share share_;
-  int stage_bytes_;
+  int stages_, bytes_, inputs_;  // bytes of a stage
+  const uint8_t* codes_[kCopies];
+  const char* x_[kXCopies];
+  int codes_times_[kCopies], x_times_;
 };
 
 // The scales of a stage, in two places by turns. A thread has one in each segment of a part, and
@@ -129,31 +145,37 @@ class Scales {
       : to_(reinterpret_cast<float*>(shared + scales)),
         map_(reinterpret_cast<const float*>(shared + map)),
         weight_(weight),
-        nested_(weight.absmax == nullptr),
-        offset_(nested_ ? *weight.offset : 0.0f),
-        shift_(shift),
-        column_((share.stage * kParts + threadIdx.x % kParts) * kPart),
-        inside_(share.row + threadIdx.x / kParts < weight.rows),
-        flat_((share.row + threadIdx.x / kParts) * weight.columns + column_) {}
+        shift_(shift) {
+    const int row = threadIdx.x / kParts, part = threadIdx.x % kParts;
+    const int64_t column = (share.stage * kParts + part) * kPart;
+    if constexpr (Layout::kNested) offset_ = *weight.offset;
+    flat_ = (share.row + row) * weight.columns + column;
+    const bool inside = share.row + row < weight.rows;
+#pragma unroll
+    for (int s = 0; s < Layout::kSegments; ++s) {
+      times_[s] =
+          times(weight.columns - column - s * Layout::kSegment, kTileColumns, inside, share.stages);
+    }
+  }
 
   // Before the first stage, whose scales are then there after a barrier.
   __device__ void start() {
-    read(next_);
+    read(next_, 0);
     write(next_, 0);
-    read(next_);
-    read(after_);
+    read(next_, 1);
+    read(after_, 2);
   }
   // While stage `t` is multiplied: those of the next one.
   __device__ void step(int t) {
-    write(next_, (t + 1) % 2);
+    write(next_, t + 1);
     next_ = after_;
-    read(after_);
+    read(after_, t + 3);
   }
   // Of stage `t`: those of a lane's four rows are neighbours.
   __device__ float4 of(int t, int part, int segment, int upper, int group) const {
     const int s = part * Layout::kSegments + segment;
-    return reinterpret_cast<const float4*>(to_ +
-                                           t % 2 * Layout::kScales)[(s * 2 + upper) * 8 + group];
+    const float* scales = to_ + t % 2 * Layout::kScales;
+    return reinterpret_cast<const float4*>(scales)[(s * 2 + upper) * 8 + group];
   }
 
  private:
@@ -162,41 +184,44 @@ class Scales {
     uint8_t code[Layout::kSegments];
   };
 
-  __device__ void read(Raw& raw) {
+  __device__ void read(Raw& raw, int t) {
 #pragma unroll
     for (int s = 0; s < Layout::kSegments; ++s) {
       const int64_t b = (flat_ + s * Layout::kSegment) >> shift_;
-      const bool valid = inside_ && column_ + s * Layout::kSegment < weight_.columns;
-      raw.code[s] = valid && nested_ ? weight_.codes[b] : uint8_t{0};
-      raw.scale[s] = !valid    ? 0.0f
-                     : nested_ ? weight_.nested_absmax[b / kNestedBlock]
-                               : weight_.absmax[b];
+      raw.scale[s] = 0;
+      raw.code[s] = 0;
+      if (t >= times_[s]) continue;
+      if constexpr (Layout::kNested) {
+        raw.code[s] = weight_.codes[b];
+        raw.scale[s] = weight_.nested_absmax[b >> kNestedShift];
+      } else {
+        raw.scale[s] = weight_.absmax[b];
+      }
     }
-    column_ += kTileColumns;
     flat_ += kTileColumns;
   }
 
-  __device__ void write(const Raw& raw, int place) const {
+  __device__ void write(const Raw& raw, int t) const {
     const int row = threadIdx.x / kParts, part = threadIdx.x % kParts;
+    float* to = to_ + t % 2 * Layout::kScales + row / kWarpRows * kWarpRows + row % 8 * 4 +
+                row % kWarpRows / 8;
 #pragma unroll
     for (int s = 0; s < Layout::kSegments; ++s) {
-      const int segment = part * Layout::kSegments + s;
       float scale = raw.scale[s];
-      if (nested_) scale = __fadd_rn(__fmul_rn(map_[raw.code[s]], scale), offset_);
-      to_[place * Layout::kScales + (segment * 2 + row / kWarpRows) * kWarpRows + row % 8 * 4 +
-          row % kWarpRows / 8] = scale;
+      if constexpr (Layout::kNested) {
+        scale = __fadd_rn(__fmul_rn(map_[raw.code[s]], scale), offset_);
+      }
+      to[(part * Layout::kSegments + s) * kTileRows] = scale;
     }
   }
 
   float* to_;
   const float* map_;
   const DeviceWeight& weight_;
-  bool nested_;
-  float offset_;
   int shift_;
-  int64_t column_;
-  bool inside_;
+  float offset_ = 0;
   int64_t flat_;
+  int times_[Layout::kSegments];
   Raw next_, after_;
 };
 

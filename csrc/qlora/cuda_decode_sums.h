@@ -55,8 +55,8 @@ class Values;
 
 // Codes of 4 bits: a byte finds its two values at once. An entry fills all banks with copies, so
 // that each lane, or each lane of a half-warp for float, has its own and none waits for another.
-template <typename T, int kSegment>
-class Values<T, Layout<4, kSegment>> {
+template <typename T, int kSegment, bool kNested>
+class Values<T, Layout<4, kSegment, kNested>> {
   using Entry = typename Pair<T>::Type;
   static constexpr int kEntryBytes = 128, kCopies = kEntryBytes / static_cast<int>(sizeof(Entry));
 
@@ -81,7 +81,7 @@ class Values<T, Layout<4, kSegment>> {
   __device__ Entry pair(const Words<kBytes>& codes, int i) const {
     const uint32_t word = codes.word[i / 4];
     const uint32_t entry = i % 4 ? word >> (8 * (i % 4) - 7) : word << 7;
-    return *reinterpret_cast<const Entry*>(table_ + ((entry & 0x7F80u) | copy_));
+    return *reinterpret_cast<const Entry*>(table_ + ptx::and_or(entry, 0x7F80u, copy_));
   }
 
  private:
@@ -91,7 +91,7 @@ class Values<T, Layout<4, kSegment>> {
 
 // Codes of 8 bits: with its sign bit turned over, a code is the low byte of 2^23 + 128 + code.
 template <typename T, int kSegment>
-class Values<T, Layout<8, kSegment>> {
+class Values<T, Layout<8, kSegment, false>> {
  public:
   __device__ explicit Values(const char*) {}
   __device__ static void write(char*, const float*) {}

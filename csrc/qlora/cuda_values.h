@@ -9,6 +9,10 @@
 
 namespace peftkern::qlora {
 
+// b / kNestedBlock is b >> kNestedShift.
+inline constexpr int kNestedShift = 8;
+static_assert(kNestedBlock == 1 << kNestedShift);
+
 // The largest finite float: what has no finite reciprocal is above it.
 inline constexpr float kLargest = 3.402823466e38f;
 
@@ -62,7 +66,7 @@ __device__ inline float row_scale(const DeviceWeight& weight, int64_t row) {
 }
 __device__ inline float block_scale(const DeviceWeight& weight, int64_t b) {
   if (weight.absmax) return weight.absmax[b];
-  const float nested = weight.nested_absmax[b / kNestedBlock];
+  const float nested = weight.nested_absmax[b >> kNestedShift];
   return __fadd_rn(__fmul_rn(weight.map[weight.codes[b]], nested), *weight.offset);
 }
 
