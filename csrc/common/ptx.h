@@ -165,6 +165,17 @@ __device__ inline float to_float(fp16 value) {
 #endif
 }
 
+// (value & mask) | bits, in one instruction: left to itself, the compiler at times takes two.
+__device__ inline uint32_t and_or(uint32_t value, uint32_t mask, uint32_t bits) {
+#if defined(PEFTKERN_EMULATED)
+  return (value & mask) | bits;
+#else
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(out) : "r"(value), "r"(mask), "r"(bits));
+  return out;
+#endif
+}
+
 // What nobody reads again soon: it takes no room in the first-level cache.
 __device__ inline uint4 load_streaming(const uint4* global) {
 #if defined(PEFTKERN_EMULATED)
