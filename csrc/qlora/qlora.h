@@ -23,6 +23,9 @@
 namespace peftkern::qlora {
 
 inline constexpr int64_t kNestedBlock = 256;
+constexpr bool is_block_size(int64_t block) {
+  return block >= 16 && block <= 4096 && (block & (block - 1)) == 0;
+}
 
 struct Weight {
   const uint8_t* packed;       // [ceil(count / 2)]; int8 [count] for 8 bits

@@ -45,12 +45,22 @@ _linear_op = _native.define(
     _fake_linear,
     fallback.linear,
 )
+_native.register_triton("qlora", "linear")
 _linear_bwd_op = _native.define(
     "qlora_linear_bwd(Tensor grad, Tensor? x, Tensor down, Tensor[] weight, int[] layout, "
     "Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scale, float dropout, Tensor? seed, "
     "Tensor? offsets, Tensor? adapter, bool[] needs) -> Tensor[]",
     _fake_linear_bwd,
     fallback.linear_bwd,
+)
+# What linear's launcher calls on a GPU for few rows (at most 16) of one expert: `down` [rows, r] is
+# D(x) A^T, in float32 and without the scale; bias, lora_b and x may differ in dtype.
+_native.define(
+    "qlora_decode(Tensor x, Tensor[] weight, int[] layout, Tensor? bias, Tensor? down, "
+    "Tensor? lora_b, float scale) -> Tensor",
+    lambda x, weight, layout, *rest: x.new_empty(*x.shape[:-1], layout[1]),
+    fallback.decode,
+    devices=("cuda",),
 )
 
 
