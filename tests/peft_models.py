@@ -2,17 +2,13 @@
 
 import bitsandbytes as bnb
 import peft
-import pytest
 import torch
 from models import disturb, toy
 from torch import nn
 
 import peftkern
-from peftkern import _native, _swapped
+from peftkern import _swapped
 
-needs_kernels = pytest.mark.skipif(
-    not _native.loaded, reason="the compiled library is not there, so nothing is optimized"
-)
 BASES = (None, *peftkern.qlora.formats)
 ENDS = ("q_proj", "gate_proj", "down_proj")
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from close import assert_as_good
 from models import disturb, tokens, toy
+from needs import needs_kernels
 from peft_models import (
     BASES,
     adapted,
     layer,
     linear4bit,
-    needs_kernels,
     parts,
     reasons,
     runs_ours,

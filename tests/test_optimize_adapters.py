@@ -6,11 +6,11 @@ import pytest
 import torch
 from close import assert_as_good
 from models import tokens
+from needs import needs_kernels
 from peft_models import (
     BASES,
     adapted,
     layer,
-    needs_kernels,
     parts,
     runs_ours,
     swapped,

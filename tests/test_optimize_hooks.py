@@ -8,7 +8,8 @@ from accelerate.hooks import (
     add_hook_to_module,
     remove_hook_from_module,
 )
-from peft_models import adapted, layer, needs_kernels
+from needs import needs_kernels
+from peft_models import adapted, layer
 
 import peftkern
 from peftkern import _swapped

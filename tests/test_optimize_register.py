@@ -7,7 +7,8 @@ import peft
 import pytest
 import torch
 from models import disturb, tokens, toy
-from peft_models import BASES, ENDS, layer, linear4bit, needs_kernels, quantised, swapped
+from needs import needs_kernels
+from peft_models import BASES, ENDS, layer, linear4bit, quantised, swapped
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

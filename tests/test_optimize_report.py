@@ -4,7 +4,8 @@ import peft
 import pytest
 import torch
 from models import disturb, tokens, toy
-from peft_models import adapted, linear4bit, needs_kernels, quantised, reasons
+from needs import needs_kernels
+from peft_models import adapted, linear4bit, quantised, reasons
 from torch import nn
 
 import peftkern

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from needs import needs_kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
@@ -23,7 +24,6 @@ CPU = torch.device("cpu")
 CASES = [case for family in selftest.FAMILIES for case in family(CPU)]
 # Not those that the benchmarks measure the machine with, should they have been imported.
 OPS = sorted(op for op in _native.references if not op.startswith("bench_"))
-needs_kernels = pytest.mark.skipif(not _native.loaded, reason="needs the compiled library")
 
 
 def table(text):
