@@ -83,6 +83,18 @@ def truth(x, weight, bias, *terms):
     return y
 
 
+def dora_truth(x, weight, bias, a, b, scale, magnitude):
+    """What a LoRA layer with DoRA computes, with W + c B A in full."""
+    weight, a, b, magnitude = (t.to(x.dtype) for t in (weight, a, b, magnitude))
+    norm = torch.linalg.vector_norm(weight + scale * (b @ a), dim=1)
+    y = magnitude / norm * truth(x, weight, None, a, b, scale)
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def magnitude(layer, name="default"):
+    return layer.lora_magnitude_vector[name].weight
+
+
 def parts(layer, names=None):
     """Base weight and bias, then A, B and scale of each adapter."""
     bias = layer.base_layer.bias

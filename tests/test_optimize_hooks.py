@@ -12,7 +12,7 @@ from needs import needs_kernels
 from peft_models import adapted, layer
 
 import peftkern
-from peftkern import _swapped
+from peftkern import _products
 
 pytestmark = needs_kernels
 
@@ -52,8 +52,8 @@ class Counting(ModelHook):
 def calls_ours(monkeypatch, one, x):
     seen = []
     with monkeypatch.context() as patch:
-        real = _swapped.linear
-        patch.setattr(_swapped, "linear", lambda *args: seen.append(1) or real(*args))
+        real = _products.linear
+        patch.setattr(_products, "linear", lambda *args: seen.append(1) or real(*args))
         y = one(x)
     return bool(seen), y
 
