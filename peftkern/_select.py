@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftkern import _check
 from peftkern.qlora import LoraConfig, QLoRALinear, bnb, formats, init
+from peftkern.qlora.config import storage_obstacle
 
 # Routers choose experts; what they decide is not what an adapter should shift unasked.
 ROUTER_NAME = re.compile(r"(^|\.)(gate|\w*expert_gate|\w*router\w*)(\.|$)")
@@ -118,7 +119,7 @@ def obstacle(
         return "its base is not quantised, which merge_aware needs"
     if tied and is_transposed(module):
         return f"its weight is stored transposed and tied to {tied[0]}, which a copy would part"
-    return init.obstacle(config, *features(module))
+    return storage_obstacle(weight.numel(), config) or init.obstacle(config, *features(module))
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -127,6 +127,7 @@ class QLoRALinear(FrozenBase):
         base: str | Format | None = None,
         block_size: int = 64,
         nested: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
         **options: Any,
     ) -> QLoRALinear:
         """A layer in the place of an `nn.Linear` or of a linear of bitsandbytes.
@@ -134,11 +135,13 @@ class QLoRALinear(FrozenBase):
         Args:
             linear: what it replaces; its weight and bias are shared where they need no quantising.
             base: a format to quantise a float weight to; None keeps the weight as it is.
+            block_size, nested, quant_storage: of the quantised base.
             options: further fields of `LoraConfig`.
         """
         config = LoraConfig(
-            r, lora_alpha, base=base, block_size=block_size, nested=nested, **options
-        )
+            r, lora_alpha, base=base, block_size=block_size, nested=nested,
+            quant_storage=quant_storage, **options,
+        )  # fmt: skip
         return cls.from_config(linear, config)
 
     @classmethod
