@@ -78,6 +78,17 @@ class FrozenBase(nn.Module):
             self.original = self.original.moved(bits_kept)
         return self
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Asked by torch.distributed.checkpoint, which follows each key of a state dict from
+        attribute to attribute: which it looks for in another one of this module.
+        """
+        names = ("weight", bnb.SCALES, bnb.ORDER) if self._quantized is not None else ()
+        return dict.fromkeys(names, "_followed")
+
+    @property
+    def _followed(self) -> _Followed:
+        return _Followed()
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:  # what holds W + D must not hold D again
@@ -112,6 +123,15 @@ class FrozenBase(nn.Module):
         )
         if loaded is not None:
             self._quantized = loaded.scales_to(self.weight.device).without_bytes()
+
+
+class _Followed:
+    """Has every public attribute, which has them too: `weight.quant_state.bitsandbytes__nf4`."""
+
+    def __getattr__(self, name: str) -> _Followed:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self
 
 
 def base_of(linear: nn.Module) -> QuantizedWeight | Tensor:
