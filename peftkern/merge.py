@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peftkern import _select
 from peftkern.adapt import adapters, keep_hooks, parents
-from peftkern.qlora import QLoRALinear, QuantizedWeight, merging
+from peftkern.qlora import QLoRALinear, QuantizedWeight, bnb, merging
 from peftkern.qlora.frozen import FrozenLinear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -97,6 +97,25 @@ def _unload(
         for parent, attribute in places[id(layer)]:
             parent._modules[attribute] = plain
     vars(model).pop("_peftkern_skipped", None)
+    if not any(map(_is_quantized, model.modules())):
+        for module in model.modules():
+            _forget_quantization(module)
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    if isinstance(module, FrozenLinear):
+        return module.quantized_weight is not None
+    return bnb.is_quantized(module)
+
+
+def _forget_quantization(module: nn.Module) -> None:
+    """Takes off what transformers has noted, who would refuse to cast the model, and save it as
+    bitsandbytes' or GGUF's.
+    """
+    if (quantizer := getattr(module, "hf_quantizer", None)) is not None:
+        quantizer.remove_quantization_config(module)
+        for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            vars(module).pop(mark, None)
 
 
 def _plain(layer: QLoRALinear, weight: QuantizedWeight | Tensor) -> nn.Module:

@@ -175,3 +175,40 @@ def test_a_language_model_is_saved_as_a_plain_one(tmp_path):
     model.save_pretrained(tmp_path)
     plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(plain(tokens()).logits, y)
+
+
+def four_bits(folder):
+    """As transformers loads a model into bitsandbytes' layers."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=24,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return transformers.LlamaForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        quantization_config=transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4"
+        ),
+    )
+
+
+def test_a_model_that_transformers_has_quantised_is_a_float_model_afterwards(tmp_path):
+    model = disturb(peftkern.adapt(four_bits(tmp_path / "base"), LoraConfig(r=4)))
+    assert model.is_quantized
+    peftkern.merge(model, dtype=torch.float32, unload=True)
+    assert not model.is_quantized and not hasattr(model, "is_loaded_in_4bit")
+    y = model(tokens()).logits
+    model.save_pretrained(tmp_path / "merged")
+    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    assert type(plain.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert torch.equal(plain(tokens()).logits, y)
+    model.to(torch.bfloat16)  # which transformers refuses of a quantised model
+    assert model.dtype == torch.bfloat16
+
+
+def test_a_model_of_which_a_part_stays_quantised_stays_one(tmp_path):
+    model = peftkern.adapt(four_bits(tmp_path), LoraConfig(r=4, target_modules=["q_proj"]))
+    peftkern.merge(model, dtype=torch.float32, unload=True)
+    assert model.is_quantized and model.config.quantization_config is not None
