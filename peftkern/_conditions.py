@@ -38,6 +38,7 @@ class Adapter(NamedTuple):
     up: Any  # the module of B
     scale: float
     dropout: float  # 0 in eval
+    magnitude: Any = None  # of DoRA, `[out]`
 
 
 def base_of(layer: nn.Module) -> nn.Module:
@@ -61,7 +62,15 @@ def _kind(base: nn.Module) -> str | None:
         return "4-bit"
     if _select.is_a(base, "bitsandbytes", "Linear8bitLt"):
         return "8-bit"
-    return "transposed" if _select.is_a(base, "transformers", "Conv1D") else None
+    for parent in type(base).__mro__:
+        if (parent.__module__, parent.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+            return "transposed" if type(base).forward is parent.forward else None  # type: ignore[attr-defined]
+    return None
+
+
+def is_dense(base: nn.Module) -> bool:
+    """A float weight: `[out, in]`, or `[in, out]` where it is stored transposed."""
+    return kind_of(base) in ("dense", "transposed")
 
 
 def adapters_of(layer: nn.Module, names: Sequence[str] | None = None) -> list[Adapter]:
@@ -82,9 +91,18 @@ def adapters_of(layer: nn.Module, names: Sequence[str] | None = None) -> list[Ad
         if (down := parts["lora_A"]._modules.get(name)) is not None:
             dropout = parts["lora_dropout"]._modules[name]
             p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-            up = parts["lora_B"]._modules[name]
-            found.append(Adapter(name, down, up, inside["scaling"][name], p))
+            up, magnitude = parts["lora_B"]._modules[name], None
+            if name in inside["lora_variant"] and (own := _magnitude_of(layer, name)) is not None:
+                magnitude = own._parameters.get("weight")
+                p = p if inside["training"] else 0.0  # DoRA asks the layer, not its dropout
+            found.append(Adapter(name, down, up, inside["scaling"][name], p, magnitude))
     return found
+
+
+def _magnitude_of(layer: nn.Module, name: str) -> nn.Module | None:
+    """The module of peft that holds an adapter's magnitude."""
+    modules = layer._modules.get("lora_magnitude_vector")
+    return None if modules is None else modules._modules.get(name)
 
 
 def why_not(
@@ -121,9 +139,7 @@ def of_base(base: nn.Module) -> str | None:
     """Why its weight cannot be read."""
     kind, weight = kind_of(base), base._parameters.get("weight")
     if kind is None:
-        return f"{type(base).__name__} is none of nn.Linear, Linear4bit and Linear8bitLt"
-    if kind == "transposed":
-        return "its weight is stored transposed"
+        return f"{type(base).__name__} is none of nn.Linear, Conv1D, Linear4bit and Linear8bitLt"
     if weight is None:
         return "its weight is computed, not stored"
     if (device := weight.device.type) not in SERVED:
@@ -190,7 +206,7 @@ def _of_adapters(
     inside = vars(layer)
     if inside["merged_adapters"] and (inside["_disable_adapters"] or names is not None):
         return "its adapters are merged, which peft looks after"
-    if not adapters and kind_of(base) == "dense":
+    if not adapters and is_dense(base):
         return "no adapter is at work, and its base alone is torch's own linear"
     for adapter in adapters:
         if found := _of_adapter(layer, adapter):
@@ -201,14 +217,39 @@ def _of_adapters(
             return "several adapters with dropout at once"
         if names is not None and len({adapter.up.in_features for adapter in adapters}) > 1:
             return "adapters of several ranks in one batch"
+        if names is not None and kind_of(base) == "transposed":
+            return "a batch of several adapters on a weight that is stored transposed"
+    return _of_magnitudes(layer, base, adapters, names)
+
+
+def _of_magnitudes(
+    layer: nn.Module, base: nn.Module, adapters: list[Adapter], names: Sequence[str] | None
+) -> str | None:
+    for name, *_, magnitude in adapters:
+        if magnitude is None:
+            continue
+        if names is not None:
+            return "peft refuses DoRA in a batch of several adapters"
+        own: Any = _magnitude_of(layer, name)
+        if found := _of_bypass(own):
+            return found
+        if type(magnitude) is not nn.Parameter or not magnitude.is_contiguous():
+            return f"the magnitude of its adapter {name} is not a plain tensor"
+        if own.fan_in_fan_out != (kind_of(base) == "transposed"):
+            return f"its adapter {name} takes a weight for transposed that is not, or the reverse"
+        dropout = layer._modules["lora_dropout"]._modules[name]  # type: ignore[union-attr]
+        # Then peft starts from the base alone, and not from what the adapters before have given.
+        if len(adapters) > 1 and layer.training and type(dropout) is nn.Dropout:
+            return "several adapters, one of them DoRA with dropout"
     return None
 
 
 def _of_adapter(layer: nn.Module, adapter: Adapter) -> str | None:
     inside, name = vars(layer), adapter.name
     if name in inside["lora_variant"]:
-        kind = type(inside["lora_variant"][name]).__name__.removesuffix("LinearVariant")
-        return f"its adapter {name} is {kind.replace('Dora', 'DoRA')}"
+        kind = type(inside["lora_variant"][name]).__name__
+        if kind != "DoraLinearVariant" or adapter.magnitude is None:
+            return f"its adapter {name} is {kind.removesuffix('LinearVariant')}"
     if inside["lora_bias"].get(name):
         return f"its adapter {name} has a bias (lora_bias)"
     if type(inside["_modules"]["lora_dropout"]._modules[name]) not in (nn.Dropout, nn.Identity):
@@ -232,13 +273,15 @@ def _of_input(
         return "torch.func calls it, which our gradient does not know"
     if x.dtype not in _check.FLOATS:
         return f"its input is {x.dtype}, not float"
-    if x.dim() == 0 or x.shape[-1] != base.in_features:
+    columns = base.nx if kind_of(base) == "transposed" else base.in_features
+    if x.dim() == 0 or x.shape[-1] != columns:
         return "its input has another width"
     parts = [part for adapter in adapters for part in (adapter.down, adapter.up)]
-    for tensor in (weight, *(part._parameters["weight"] for part in parts)):
+    magnitudes = [one.magnitude for one in adapters if one.magnitude is not None]
+    for tensor in (weight, *(part._parameters["weight"] for part in parts), *magnitudes):
         if tensor.device != device:
             return f"its input is on {device}, a weight on {tensor.device}"
-    if x.dtype != weight.dtype and kind_of(base) == "dense":
+    if x.dtype != weight.dtype and is_dense(base):
         if not torch.is_autocast_enabled(device.type):
             return f"its input is {x.dtype}, its weight {weight.dtype}"
     if names is not None and (x.dim() < 2 or len(names) != len(x)):

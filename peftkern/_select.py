@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from peftkern import _check
 from peftkern.qlora import LoraConfig, QLoRALinear, bnb, formats, init
+from peftkern.qlora.config import storage_obstacle
+from peftkern.qlora.frozen import FrozenLinear
 
 # Routers choose experts; what they decide is not what an adapter should shift unasked.
 ROUTER_NAME = re.compile(r"(^|\.)(gate|\w*expert_gate|\w*router\w*)(\.|$)")
@@ -95,6 +97,8 @@ def obstacle(
     if "forward" in vars(module):
         return "its forward is replaced on the instance, as hooks of accelerate do"
     weight = module._parameters.get("weight")
+    if type(module) is FrozenLinear:
+        return _obstacle_quantized(module, config, None)
     if is_a(module, "bitsandbytes", "Linear4bit"):
         return _obstacle_quantized(
             module, config, _obstacle_4bit(getattr(weight, "quant_state", None))
@@ -118,7 +122,7 @@ def obstacle(
         return "its base is not quantised, which merge_aware needs"
     if tied and is_transposed(module):
         return f"its weight is stored transposed and tied to {tied[0]}, which a copy would part"
-    return init.obstacle(config, *features(module))
+    return storage_obstacle(weight.numel(), config) or init.obstacle(config, *features(module))
 
 
 def is_transposed(module: nn.Module) -> bool:

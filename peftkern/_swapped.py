@@ -6,8 +6,6 @@ comes from need not be installed; pickle finds it by the same name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from importlib import import_module
 from operator import is_not
 from types import MethodType
@@ -16,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkern import _conditions
-from peftkern._conditions import Adapter
-from peftkern.qlora import QuantizedWeight, expert_linear, linear
+from peftkern import _conditions, _products
+from peftkern.qlora import QuantizedWeight
 from peftkern.qlora.sharing import SharedInput
 from peftkern.qlora.siblings import Sibling
 
@@ -53,7 +50,7 @@ class Lora(Swapped):
             names, base = kwargs.get("adapter_names"), _conditions.base_of(self)
             adapters = _conditions.adapters_of(self, names)
             if _conditions.reason(self, base, adapters, x, names) is None:
-                return _adapted(self, base, adapters, x, names)
+                return _products.adapted(self, base, _weight(self, base), adapters, x, names)
         _forget(self)
         return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
 
@@ -64,8 +61,9 @@ class Lora(Swapped):
         if len(adapters) != 1 or _conditions.reason(self, base, adapters, x, None) is not None:
             return None
         weight, (one,) = _weight(self, base), adapters
-        trains = isinstance(weight, Tensor) and weight.requires_grad
-        if trains or _in_compute_dtype(base, x) is not x:
+        if isinstance(weight, Tensor) and (weight.requires_grad or not weight.is_contiguous()):
+            return None
+        if one.magnitude is not None or _products.in_compute_dtype(base, x) is not x:
             return None
         factors = one.down.weight, one.up.weight
         return Sibling(weight, base._parameters["bias"], *factors, one.scale), one.dropout
@@ -81,7 +79,7 @@ class Quantized(Swapped):
 
     def forward(self, x: Tensor) -> Tensor:
         if _conditions.why_not(self, x) is None:
-            return _product(self, self, x)
+            return _products.adapted(self, self, _weight(self, self), [], x, None)
         _forget(self)
         return super().forward(x)  # type: ignore[no-any-return]
 
@@ -155,6 +153,12 @@ def made_for_peft(
 ) -> nn.Module | None:
     """What peft puts around `target`, of a registered config; None where it is to choose itself."""
     kind = _conditions.kind_of(target)
+    if kind == "transposed":  # peft sets the config right, with a warning, where it has to
+        dispatch = import_module("peft.tuners.lora.layer").dispatch_default
+        layer = dispatch(target, adapter_name, config=config, **options)
+        if layer is not None and (cls := stand_in(layer)) is not None:
+            swap(layer, cls)
+        return layer  # type: ignore[no-any-return]
     if kind == "dense":
         plain = type(target) is nn.Linear and type(target.weight) is nn.Parameter
         name = None if not plain or config.fan_in_fan_out else "LoraLinear"
@@ -174,76 +178,14 @@ def swap(layer: nn.Module, cls: type[nn.Module]) -> None:
     for attribute in bound:
         setattr(layer, attribute, MethodType(cls.forward, layer))
     if not issubclass(cls, Swapped):
-        vars(layer).pop(CACHE, None)
-        vars(layer).pop("shared_input", None)
-
-
-def _adapted(
-    layer: nn.Module, base: nn.Module, adapters: list[Adapter], x: Tensor,
-    names: Sequence[str] | None,
-) -> Tensor:  # fmt: skip
-    if not adapters:
-        return _product(layer, base, x)
-    if len(adapters) == 1 and names is None:
-        one = adapters[0]
-        return _product(layer, base, x, one.down.weight, one.up.weight, one.scale, one.dropout)
-    a = [one.down.weight for one in adapters]
-    b = [one.up.weight * one.scale for one in adapters]
-    if names is not None:
-        index = {one.name: i for i, one in enumerate(adapters)}
-        chosen = [index.get(name, -1) for name in names]
-        return _mixed(layer, base, x, chosen, torch.stack(a), torch.stack(b))
-    # One pass of the summed ranks: copying A and B costs less than another pass over x and y.
-    return _product(layer, base, x, torch.cat(a), torch.cat(b, 1))
-
-
-def _product(
-    layer: nn.Module, base: nn.Module, x: Tensor, a: Tensor | None = None, b: Tensor | None = None,
-    scale: float = 1.0, dropout: float = 0.0,
-) -> Tensor:  # fmt: skip
-    bias, weight = base._parameters["bias"], _weight(layer, base)
-    if isinstance(weight, Tensor):
-        return linear(x, weight, bias, a, b, scale, dropout)
-    return linear(_in_compute_dtype(base, x), weight, bias, a, b, scale, dropout).to(x.dtype)
-
-
-def _mixed(
-    layer: nn.Module, base: nn.Module, x: Tensor, adapters: list[int], a: Tensor, b: Tensor
-) -> Tensor:
-    """Each sample's rows belong to one adapter, or to none (-1)."""
-    bias, weight = base._parameters["bias"], _weight(layer, base)
-    rows = _in_compute_dtype(base, x).flatten(0, -2)
-    adapter = torch.tensor(adapters, dtype=torch.int32, device=x.device)
-    y = expert_linear(
-        rows,
-        weight[None] if isinstance(weight, Tensor) else _as_expert(weight),
-        torch.tensor([0, len(rows)], device=x.device),
-        None if bias is None else bias[None],
-        a,
-        b,
-        adapter=adapter.repeat_interleave(len(rows) // max(len(x), 1)),
-    ).view(*x.shape[:-1], -1)
-    return y if isinstance(weight, Tensor) else y.to(x.dtype)
-
-
-def _as_expert(weight: QuantizedWeight) -> QuantizedWeight:
-    shape = torch.Size([1, *weight.shape])
-    if weight.block_size:
-        return replace(weight, shape=shape)
-    return replace(weight, packed=weight.packed[None], absmax=weight.absmax[None], shape=shape)
-
-
-def _in_compute_dtype(base: nn.Module, x: Tensor) -> Tensor:
-    """As bitsandbytes where that is the narrower one; sums run in float32 in any case."""
-    wanted = getattr(base, "compute_dtype", None)
-    narrower = x.dtype == torch.float32 and wanted in (torch.bfloat16, torch.float16)
-    return x.to(wanted) if narrower else x
+        for attribute in (CACHE, _products.NORMS, "shared_input"):
+            vars(layer).pop(attribute, None)
 
 
 def _weight(layer: nn.Module, base: nn.Module) -> Tensor | QuantizedWeight:
     """That of its base, which `why_not` has found fit."""
     # Where it is compiled, reading costs nothing, and pointers mean nothing.
-    if _conditions.kind_of(base) == "dense" or torch.compiler.is_compiling():
+    if _conditions.is_dense(base) or torch.compiler.is_compiling():
         return weight_of(base)
     cache: Cache = vars(layer).get(CACHE) or vars(layer).setdefault(CACHE, Cache())
     return cache.current(base)
@@ -252,13 +194,17 @@ def _weight(layer: nn.Module, base: nn.Module) -> Tensor | QuantizedWeight:
 def _forget(layer: nn.Module) -> None:
     if not torch.compiler.is_compiling():
         vars(layer).pop(CACHE, None)
+        vars(layer).pop(_products.NORMS, None)
 
 
 def weight_of(base: nn.Module) -> Tensor | QuantizedWeight:
-    """bitsandbytes keeps all of a 4-bit weight in the parameter, of an 8-bit one in the layer."""
+    """`[out, in]`, in its own storage.
+
+    bitsandbytes keeps all of a 4-bit weight in the parameter, of an 8-bit one in the layer.
+    """
     kind, params = _conditions.kind_of(base), base._parameters["weight"]
     assert params is not None
-    if kind == "dense":
-        return params
+    if _conditions.is_dense(base):
+        return params.t() if kind == "transposed" else params
     source: Any = params if kind == "4-bit" else base
     return QuantizedWeight.from_bnb(source)

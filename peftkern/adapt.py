@@ -154,10 +154,7 @@ def place(model: nn.Module, plan: Plan) -> None:
     """
     todo = sorted(plan.modules.items(), key=lambda item: _copies(item[0], item[1][1]))
     plan.modules.clear()
-    places = defaultdict(list)
-    for parent in model.modules():
-        for attribute, child in parent._modules.items():
-            places[id(child)].append((parent, attribute))
+    places = parents(model)
     undo: list[Callable[[], object]] | None = []
     try:
         while todo:
@@ -181,6 +178,21 @@ def place(model: nn.Module, plan: Plan) -> None:
     model._peftkern_skipped = (*before, *plan.skipped)  # type: ignore[assignment]
 
 
+def parents(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """For every module, by id, those that it is a child of, and its name there."""
+    found = defaultdict(list)
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            found[id(child)].append((parent, name))
+    return found
+
+
+def keep_hooks(module: nn.Module, instead: nn.Module) -> None:
+    """The dictionaries themselves, which the handles of the hooks refer to."""
+    for hooks in HOOKS:
+        setattr(instead, hooks, getattr(module, hooks))
+
+
 def _copies(module: nn.Module, config: LoraConfig) -> bool:
     """Whether the layer in this module's place has a weight of its own."""
     if isinstance(base_of(module), QuantizedWeight):
@@ -202,8 +214,7 @@ def as_linear(module: nn.Module) -> nn.Module:
 
 def _build(module: nn.Module, config: LoraConfig, factors: Factors | None) -> QLoRALinear:
     layer = QLoRALinear.from_config(as_linear(module), config, factors)
-    for hooks in HOOKS:  # the dictionaries themselves, which the handles of the hooks refer to
-        setattr(layer, hooks, getattr(module, hooks))
+    keep_hooks(module, layer)
     return layer
 
 

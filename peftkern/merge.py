@@ -5,16 +5,22 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftkern import _select
-from peftkern.adapt import adapters
-from peftkern.qlora import QLoRALinear, merging
+from peftkern.adapt import adapters, keep_hooks, parents
+from peftkern.qlora import QLoRALinear, QuantizedWeight, bnb, merging
+from peftkern.qlora.frozen import FrozenLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def merge(model: Model, dtype: torch.dtype | None = None, requantize: bool = False) -> Model:
+def merge(
+    model: Model,
+    dtype: torch.dtype | None = None,
+    requantize: bool = False,
+    unload: bool = False,
+) -> Model:
     """W becomes W + scaling * B A in every adapted layer, which then costs what a plain one costs.
 
     In place, and all or nothing. The sum is made in float32 (float64 where the weight is) and
@@ -32,11 +38,17 @@ def merge(model: Model, dtype: torch.dtype | None = None, requantize: bool = Fal
     Merged, `state_dict` is that of the plain model with merged weights, `save_adapter` saves the
     adapter as ever, and training and loading are refused.
 
+    With `unload` (peft's `merge_and_unload`) nothing stays but the merged weights: a plain
+    `nn.Linear` stands where each layer was, or a frozen linear of the packed bytes. There is no way
+    back, and no more than one weight is ever there twice; for that each is computed twice, the
+    first time to see that all can be merged.
+
     Args:
         model: adapted.
         dtype: float32, bfloat16, float16 or float64, of the merged weights; None keeps that of a
             float base.
         requantize: store the merged weight of a quantised base in its format again.
+        unload: give up adapters and originals.
 
     Returns:
         The same model.
@@ -44,16 +56,78 @@ def merge(model: Model, dtype: torch.dtype | None = None, requantize: bool = Fal
     Raises:
         TypeError: `dtype` is not float.
         ValueError: a quantised base and neither `dtype` nor `requantize`, or both; a layer that is
-            merged already or would not be finite; no adapter, or one of peft's.
+            merged already or would not be finite; one to unload that is the model itself, or whose
+            forward is replaced on the instance; no adapter, or one of peft's.
     """
     layers = _layers(model)
     for name, layer in layers.items():
         merging.refuse(name, layer, dtype, requantize)
+        if unload:
+            _refuse_unloading(model, name, layer)
+    if unload:  # of each weight its loss alone is kept here
+        losses = {n: merging.merged(n, m, dtype, requantize).loss for n, m in layers.items()}
+        merging.warn({name: loss for name, loss in losses.items() if loss is not None})
+        _unload(model, layers, dtype, requantize)
+        return model
     merged = {n: merging.merged(n, layer, dtype, requantize) for n, layer in layers.items()}
     merging.warn({name: m.loss for name, m in merged.items() if m.loss is not None})
     for name, layer in layers.items():
         merging.take(layer, merged[name])
     return model
+
+
+def _refuse_unloading(model: nn.Module, name: str, layer: QLoRALinear) -> None:
+    if layer is model:
+        raise ValueError("model must hold the layers that are unloaded, got a QLoRALinear itself")
+    if "forward" in vars(layer):
+        raise ValueError(
+            f"{name} must have the forward of its class to be unloaded, got one on the instance, "
+            "as hooks of accelerate put it there"
+        )
+
+
+def _unload(
+    model: nn.Module, layers: dict[str, QLoRALinear], dtype: torch.dtype | None, requantize: bool
+) -> None:
+    places = parents(model)
+    while layers:
+        name = next(iter(layers))
+        layer = layers.pop(name)
+        plain = _plain(layer, merging.merged(name, layer, dtype, requantize).weight)
+        for parent, attribute in places[id(layer)]:
+            parent._modules[attribute] = plain
+    vars(model).pop("_peftkern_skipped", None)
+    if not any(map(_is_quantized, model.modules())):
+        for module in model.modules():
+            _forget_quantization(module)
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    if isinstance(module, FrozenLinear):
+        return module.quantized_weight is not None
+    return bnb.is_quantized(module)
+
+
+def _forget_quantization(module: nn.Module) -> None:
+    """Takes off what transformers has noted, who would refuse to cast the model, and save it as
+    bitsandbytes' or GGUF's.
+    """
+    if (quantizer := getattr(module, "hf_quantizer", None)) is not None:
+        quantizer.remove_quantization_config(module)
+        for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            vars(module).pop(mark, None)
+
+
+def _plain(layer: QLoRALinear, weight: QuantizedWeight | Tensor) -> nn.Module:
+    """What stands in the layer's place once its adapter is in the weight."""
+    if isinstance(weight, QuantizedWeight):
+        plain: nn.Module = FrozenLinear(weight, layer.bias)
+    else:
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        plain.bias = layer.bias  # type: ignore[assignment]
+    keep_hooks(layer, plain)
+    return plain.train(layer.training)
 
 
 def unmerge(model: Model) -> Model:

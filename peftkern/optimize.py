@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -20,10 +21,11 @@ def optimize(model: Any) -> Report:
 
     In place: the class of each becomes a subclass that overrides `forward` alone, so parameters,
     names, hooks, `state_dict`, merging and saving stay what they were. A call that our kernels do
-    not serve (DoRA, a bias of the adapter, …) runs the forward that was there before; `explain`
+    not serve (a bias of the adapter, aLoRA, …) runs the forward that was there before; `explain`
     tells why. Layers that peft puts in later take another call of `optimize`.
 
-    What differs: dropout draws from our generator, so it drops other elements at the same rate;
+    What differs: dropout draws from our generator, so it drops other elements at the same rate
+    (that of DoRA peft draws itself); a row of DoRA whose norm is 0 stays 0, where peft's is NaN;
     4-bit weights have the one value that peftkern gives them everywhere, in eval mode on a CPU
     too; a second derivative is refused; and a model that is pickled whole asks for peftkern when
     it is loaded, unless it was restored.
@@ -85,7 +87,8 @@ def register(config: Any) -> None:
     kind = type(config)
     if kind.__name__ != "LoraConfig" or kind.__module__.split(".")[0] != "peft":
         raise TypeError(f"config must be a LoraConfig of peft, got {kind.__name__}")
-    config._register_custom_module({nn.Linear: _swapped.made_for_peft})
+    conv1d = import_module("transformers.pytorch_utils").Conv1D  # which peft needs itself
+    config._register_custom_module(dict.fromkeys((nn.Linear, conv1d), _swapped.made_for_peft))
 
 
 def _roots(model: Any) -> dict[str, nn.Module]:

@@ -186,6 +186,8 @@ def _row_of_optimized(name: str, layer: Any, layers: list[Any]) -> Row:
 
 def _vllm_of_peft(layer: Any, layers: list[Any]) -> str:
     """Of its layer alone: what else vLLM refuses, such as `modules_to_save`, peft's config says."""
+    if layer.lora_magnitude_vector:
+        return "no: DoRA"
     others: list[Any] = [other for other in layers if isinstance(other, _swapped.Lora)]
     for name in layer.r:
         facts = [(other.r[name], other.scaling[name]) for other in others if name in other.r]

@@ -11,6 +11,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from models import disturb, toy
 from torch import multiprocessing, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -168,6 +173,28 @@ def save(rank, count, folder):
     dcp.save(peftkern.adapter_state_dict(model), checkpoint_id=folder / "dcp")
     dcp.save(model.state_dict(), checkpoint_id=folder / "dcp of all")
     return found
+
+
+def state_by_torch(rank, count, folder):
+    """-> by base, whole states: what was got of a model, and of two that have taken it."""
+    return {way: _state_by_torch(config, folder / way) for way, config in BASES.items()}
+
+
+def _state_by_torch(config, folder):
+    full, model = StateDictOptions(full_state_dict=True), sharded(adapted(config=config))
+    shards = get_model_state_dict(model)
+    dcp.save(shards, checkpoint_id=folder)
+    found = [get_model_state_dict(model, options=full)]
+    for state, options in ((shards, None), (found[0], full)):
+        other = sharded(another(config))
+        set_model_state_dict(other, dict(state), options=options)
+        found.append(get_model_state_dict(other, options=full))
+    return found
+
+
+def another(config):
+    """Other weights, on which other scales fit."""
+    return disturb(peftkern.adapt(toy(seed=7), config), 5)
 
 
 def save_replicas(rank, count, folder):

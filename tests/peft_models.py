@@ -2,17 +2,13 @@
 
 import bitsandbytes as bnb
 import peft
-import pytest
 import torch
 from models import disturb, toy
 from torch import nn
 
 import peftkern
-from peftkern import _native, _swapped
+from peftkern import _swapped
 
-needs_kernels = pytest.mark.skipif(
-    not _native.loaded, reason="the compiled library is not there, so nothing is optimized"
-)
 BASES = (None, *peftkern.qlora.formats)
 ENDS = ("q_proj", "gate_proj", "down_proj")
 
@@ -85,6 +81,18 @@ def truth(x, weight, bias, *terms):
     for a, b, scale in zip(terms[::3], terms[1::3], terms[2::3], strict=True):
         y = y + scale * (x @ a.to(x.dtype).t() @ b.to(x.dtype).t())
     return y
+
+
+def dora_truth(x, weight, bias, a, b, scale, magnitude):
+    """What a LoRA layer with DoRA computes, with W + c B A in full."""
+    weight, a, b, magnitude = (t.to(x.dtype) for t in (weight, a, b, magnitude))
+    norm = torch.linalg.vector_norm(weight + scale * (b @ a), dim=1)
+    y = magnitude / norm * truth(x, weight, None, a, b, scale)
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def magnitude(layer, name="default"):
+    return layer.lora_magnitude_vector[name].weight
 
 
 def parts(layer, names=None):

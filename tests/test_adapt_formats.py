@@ -13,6 +13,7 @@ from peftkern import LoraConfig, QLoRALinear
 from peftkern.qlora import reference
 
 WIDTH = 64
+STORAGES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32]
 
 
 def fp4(storage=torch.uint8):
@@ -72,6 +73,58 @@ def test_adapt_quantises_to_any_format_and_trains(format, tmp_path):
     peftkern.load_adapter(model, tmp_path)
     assert torch.equal(model(tokens()), expected)
     assert f" {format} " in str(peftkern.report(model))
+
+
+def raw(packed):
+    return packed.detach().reshape(-1).view(torch.uint8)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_packed_bytes_are_stored_as_the_config_says(format, nested, storage):
+    linear = nn.Linear(WIDTH, 48)
+    options = dict(r=4, base=format, nested=nested)
+    plain = QLoRALinear.from_linear(linear, **options)
+    layer = QLoRALinear.from_linear(linear, **options, quant_storage=storage)
+    assert layer.weight.dtype == storage
+    assert torch.equal(raw(layer.weight), raw(plain.weight))
+    theirs = bnb.nn.Linear4bit(
+        WIDTH, 48, quant_type=format, compress_statistics=nested, quant_storage=storage
+    )
+    theirs.load_state_dict(linear.state_dict())
+    state = theirs.to("cpu").state_dict()
+    assert state["weight"].dtype == storage and state["weight"].shape == layer.weight.shape
+    assert {k for k in layer.state_dict() if "lora" not in k} == set(state)
+    # FP4's ties below zero and the mean of nested scales apart, the bytes are the same too.
+    layer.load_state_dict(state | {k: v for k, v in layer.state_dict().items() if "lora" in k})
+    assert torch.equal(raw(layer.weight), raw(state["weight"]))
+    model = peftkern.adapt(nn.Sequential(linear), LoraConfig(**options, quant_storage=storage))
+    assert model.to(torch.bfloat16)[0].weight.dtype == storage
+    assert torch.equal(raw(model[0].weight), raw(plain.weight))
+
+
+@pytest.mark.parametrize("start", ["loftq_2", "pissa"])
+def test_every_start_keeps_the_storage(start):
+    options = dict(r=4, base="nf4", init_lora_weights=start)
+    layers = []
+    for storage in (torch.uint8, torch.bfloat16):
+        torch.manual_seed(0)
+        linear = nn.Linear(WIDTH, 48)
+        layers.append(QLoRALinear.from_linear(linear, **options, quant_storage=storage))
+    x = torch.randn(3, WIDTH)
+    assert layers[1].weight.dtype == torch.bfloat16
+    assert torch.equal(layers[0](x), layers[1](x))
+
+
+def test_bytes_that_fill_no_last_float_are_left_out_before_anything_changes():
+    model = nn.Sequential(nn.Linear(6, 11), nn.Linear(11, 8))  # 33 bytes, and 44
+    with pytest.raises(ValueError, match="33 packed bytes are no whole number of bfloat16"):
+        QLoRALinear.from_linear(model[0], base="nf4", quant_storage=torch.bfloat16)
+    peftkern.adapt(model, LoraConfig(r=2, base="nf4", quant_storage=torch.bfloat16))
+    assert placed(model) == ["1"]
+    (skipped,) = peftkern.report(model).skipped
+    assert skipped.reason == "its 33 packed bytes are no whole number of bfloat16"
 
 
 @pytest.mark.parametrize("format", FORMATS)

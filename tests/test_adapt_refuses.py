@@ -3,6 +3,7 @@
 import bitsandbytes as bnb
 import peft
 import pytest
+import torch
 from models import assert_unchanged, placed, reasons, snapshot, toy
 from peft.tuners.lora.config import CordaConfig
 from torch import nn
@@ -198,8 +199,15 @@ def test_a_config_refuses_what_is_no_regular_expression(options):
         ("bias", dict(bias="all")),
         ("format", dict(base="int3")),
         ("block_size", dict(block_size=48)),
+        ("quant_storage", dict(base="int8", quant_storage=torch.bfloat16)),
     ],
 )
 def test_a_config_refuses_values_out_of_range(field, options):
     with pytest.raises(ValueError, match=f"^{field} must"):
         LoraConfig(**options)
+
+
+@pytest.mark.parametrize("storage", [torch.int8, torch.float64, "bfloat16", None])
+def test_bytes_are_stored_as_bytes_or_as_a_float_that_is_trained_in(storage):
+    with pytest.raises(TypeError, match=f"^quant_storage must be one of uint8, .*{storage}"):
+        LoraConfig(base="nf4", quant_storage=storage)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from peft_models import BASES, adapted, layer, needs_kernels
+from needs import needs_kernels
+from peft_models import BASES, adapted, layer
 from torch import nn
 
 import peftkern

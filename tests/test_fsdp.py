@@ -3,6 +3,7 @@
 import warnings
 
 import bitsandbytes as bnb
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -13,13 +14,24 @@ import peftkern
 WORLD = 2
 
 
-def build(storage):
-    torch.manual_seed(0)
+def of_bitsandbytes(storage):
+    kinds = ("nf4", "fp4", "nf4")
     layers = [
         bnb.nn.Linear4bit(64, 64, bias=False, quant_type=kind, quant_storage=storage)
-        for kind in ("nf4", "fp4", "nf4")
+        for kind in kinds
     ]
-    model = peftkern.adapt(nn.Sequential(*layers).to("cpu"), peftkern.LoraConfig(r=4))
+    return peftkern.adapt(nn.Sequential(*layers).to("cpu"), peftkern.LoraConfig(r=4))
+
+
+def of_ours(storage):
+    model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(3)])
+    config = peftkern.LoraConfig(r=4, base="nf4", quant_storage=storage)
+    return peftkern.adapt(model, config)
+
+
+def build(make, storage):
+    torch.manual_seed(0)
+    model = make(storage)
     for layer in model:
         nn.init.normal_(layer.lora_B, std=0.1)
     return model.to(storage)
@@ -47,23 +59,23 @@ def tensor_sharding(model):
     return model
 
 
-def train(rank, file, storage):
+def train(rank, file, make, storage):
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD)
     try:
         x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1)).to(storage)
         for shard in (flat_sharding, tensor_sharding):
-            losses = [steps(build(storage), x), steps(shard(build(storage)), x)]
+            losses = [steps(build(make, storage), x), steps(shard(build(make, storage)), x)]
             torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
             assert losses[0][-1] < losses[0][0]
-            whole = build(storage)
-            assert torch.equal(shard(build(storage))(x), whole(x))
+            whole = build(make, storage)
+            assert torch.equal(shard(build(make, storage))(x), whole(x))
         sharded = flat_sharding(whole)
         state = sharded.state_dict()
         assert {k: v.dtype for k, v in state.items()} == {
-            k: v.dtype for k, v in build(storage).state_dict().items()
+            k: v.dtype for k, v in build(make, storage).state_dict().items()
         }
-        for name, tensor in build(storage).state_dict().items():
+        for name, tensor in build(make, storage).state_dict().items():
             assert torch.equal(state[name].view(torch.uint8), tensor.view(torch.uint8)), name
     finally:
         dist.destroy_process_group()
@@ -81,5 +93,7 @@ def steps(model, x):
     return torch.tensor(losses)
 
 
-def test_a_model_stored_as_floats_trains_in_shards(tmp_path):
-    torch.multiprocessing.spawn(train, (tmp_path / "rendezvous", torch.bfloat16), nprocs=WORLD)
+@pytest.mark.parametrize("make", [of_bitsandbytes, of_ours])
+def test_a_model_stored_as_floats_trains_in_shards(make, tmp_path):
+    arguments = (tmp_path / "rendezvous", make, torch.bfloat16)
+    torch.multiprocessing.spawn(train, arguments, nprocs=WORLD)

@@ -180,4 +180,4 @@ def test_moving_takes_it_along(device):
 
 
 def test_the_text_says_so():
-    assert repr(aware()).endswith("bias=True, merge_aware=True)")
+    assert repr(aware()).endswith("lora_dropout=0.0, merge_aware=True)")

@@ -6,12 +6,12 @@ import pytest
 import torch
 from close import assert_as_good
 from models import disturb, tokens, toy
+from needs import needs_kernels
 from peft_models import (
     BASES,
     adapted,
     layer,
     linear4bit,
-    needs_kernels,
     parts,
     reasons,
     runs_ours,
@@ -19,7 +19,6 @@ from peft_models import (
     truth,
 )
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 import peftkern
 
@@ -90,9 +89,8 @@ def test_a_linear_of_bitsandbytes_alone_is_served():
 @pytest.mark.parametrize(
     ("base", "options", "reason"),
     [
-        # On int8, DoRA of peft 0.21 fails at its second call on a CPU.
-        *((base, dict(use_dora=True), "DoRA") for base in BASES if base != "int8"),
         *((base, dict(lora_bias=True), "lora_bias") for base in BASES),
+        (None, dict(alora_invocation_tokens=[1]), "ALora"),
     ],
 )
 def test_what_our_kernels_do_not_serve_is_bit_for_bit_what_it_was(base, options, reason):
@@ -123,18 +121,12 @@ def test_modules_to_save_are_left_to_peft():
     assert head.modules_to_save["default"].weight.grad is not None
 
 
-def test_transposed_weights_and_embeddings_are_left_to_peft():
-    model = toy(width=64)
-    model.layers[0].q_proj = Conv1D(64, 64)
-    with pytest.warns(UserWarning, match="fan_in_fan_out"):
-        config = peft.LoraConfig(r=4, target_modules=["q_proj", "embed"], fan_in_fan_out=False)
-        model = disturb(peft.get_peft_model(model, config))
+def test_embeddings_are_left_to_peft():
+    config = peft.LoraConfig(r=4, target_modules=["0.q_proj", "embed"])
+    model = disturb(peft.get_peft_model(toy(width=64), config))
     expected = model(tokens())
     found = reasons(peftkern.optimize(model))
-    assert swapped(model) == ["layers.1.q_proj"]
-    assert "transposed" in found["layers.0.q_proj"] and "transposed" in peftkern.explain(
-        layer(model)
-    )
+    assert swapped(model) == ["layers.0.q_proj"]
     assert found["embed"] == "peftkern has no kernel for lora.Embedding"
     torch.testing.assert_close(model(tokens()), expected)
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from close import assert_as_good
 from models import tokens
+from needs import needs_kernels
 from peft_models import (
     BASES,
     adapted,
     layer,
-    needs_kernels,
     parts,
     runs_ours,
     swapped,
@@ -20,7 +20,7 @@ from peft_models import (
 from torch import nn
 
 import peftkern
-from peftkern import _swapped
+from peftkern import _products
 
 pytestmark = needs_kernels
 
@@ -75,10 +75,10 @@ def test_a_batch_may_mix_adapters(base, dtype):
 
 
 def test_an_adapter_of_several_samples_is_taken_once(monkeypatch):
-    model, real, taken = with_second_adapter(adapted("nf4")), _swapped.expert_linear, []
+    model, real, taken = with_second_adapter(adapted("nf4")), _products.expert_linear, []
     peftkern.optimize(model)
     monkeypatch.setattr(
-        _swapped,
+        _products,
         "expert_linear",
         lambda *args, **kw: taken.append(len(args[4])) or real(*args, **kw),
     )
@@ -136,7 +136,7 @@ def test_merged_adapters_are_in_the_base_until_they_are_taken_out(base):
 
 
 def test_a_switch_of_adapters_switches_the_path():
-    model = with_second_adapter(adapted("nf4", use_dora=True))
+    model = with_second_adapter(adapted("nf4", lora_bias=True))
     peftkern.optimize(model)
     one, x = layer(model), torch.randn(3, 64, requires_grad=True)
     assert not runs_ours(one)

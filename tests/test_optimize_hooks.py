@@ -8,10 +8,11 @@ from accelerate.hooks import (
     add_hook_to_module,
     remove_hook_from_module,
 )
-from peft_models import adapted, layer, needs_kernels
+from needs import needs_kernels
+from peft_models import adapted, layer
 
 import peftkern
-from peftkern import _swapped
+from peftkern import _products
 
 pytestmark = needs_kernels
 
@@ -51,8 +52,8 @@ class Counting(ModelHook):
 def calls_ours(monkeypatch, one, x):
     seen = []
     with monkeypatch.context() as patch:
-        real = _swapped.linear
-        patch.setattr(_swapped, "linear", lambda *args: seen.append(1) or real(*args))
+        real = _products.linear
+        patch.setattr(_products, "linear", lambda *args: seen.append(1) or real(*args))
         y = one(x)
     return bool(seen), y
 

@@ -8,7 +8,8 @@ import peft
 import pytest
 import torch
 from models import disturb, tokens, toy
-from peft_models import BASES, adapted, layer, needs_kernels, quantised, swapped
+from needs import needs_kernels
+from peft_models import BASES, adapted, layer, quantised, swapped
 from saved import Saved
 from torch import nn
 from torch.utils.checkpoint import checkpoint

@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 from models import disturb
-from peft_models import linear4bit, needs_kernels
+from needs import needs_kernels
+from peft_models import linear4bit
 
 import peftkern
 from peftkern import _swapped

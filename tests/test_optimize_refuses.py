@@ -6,7 +6,8 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
 from models import disturb, tokens, toy
-from peft_models import adapted, layer, linear4bit, needs_kernels, quantised, reasons, swapped
+from needs import needs_kernels
+from peft_models import adapted, layer, linear4bit, quantised, reasons, swapped
 from torch import nn
 
 import peftkern

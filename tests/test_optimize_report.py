@@ -4,7 +4,8 @@ import peft
 import pytest
 import torch
 from models import disturb, tokens, toy
-from peft_models import adapted, linear4bit, needs_kernels, quantised, reasons
+from needs import needs_kernels
+from peft_models import adapted, linear4bit, quantised, reasons
 from torch import nn
 
 import peftkern
@@ -40,7 +41,7 @@ def test_a_second_call_swaps_nothing_and_says_so():
 
 
 def test_what_runs_elsewhere_is_listed_once_at_every_call():
-    model = adapted(None, use_dora=True)
+    model = adapted(None, lora_bias=True)
     for _ in range(2):
         names = [s.name for s in peftkern.optimize(model).skipped]
         assert len(names) == len(set(names)) == 4

@@ -274,10 +274,10 @@ def test_the_layer_compiles_whole(base, backend):
 def test_the_text_says_what_the_layer_is():
     _, layer = make(lora_dropout=0.25)
     assert repr(layer) == (
-        "QLoRALinear(in_features=64, out_features=24, r=4, lora_alpha=32, lora_dropout=0.25, "
-        "base=nf4, block_size=64, bias=True)"
+        "QLoRALinear(in_features=64, out_features=24, base=nf4, block_size=64, bias=True, r=4, "
+        "lora_alpha=32, lora_dropout=0.25)"
     )
-    assert "base=dense, bias=False" in repr(make(base=None, bias=False)[1])
+    assert "base=dense, bias=False, r=4" in repr(make(base=None, bias=False)[1])
 
 
 def test_moving_takes_the_scales_along(device):

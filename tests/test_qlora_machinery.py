@@ -71,6 +71,38 @@ def test_experts_and_dequantize_compile_to_one_graph(format):
         assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"merge_aware": True}])
+def test_no_graph_holds_a_reference_that_inductor_cannot_compile(options, monkeypatch):
+    """Its last block, not a full one, would be garbage: `reference` tells of it."""
+    for name in ("unnest", "dequantize"):
+        monkeypatch.setattr(reference, name, untraced(getattr(reference, name)))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(lambda t: reference.dequantize(t, t, t, (1,), 1), fullgraph=True)(
+            torch.ones(1)
+        )
+    # 5 blocks of 64 are no full block of 256 scales, and their last one is not full.
+    linear = nn.Linear(30, 10)
+    layer = QLoRALinear.from_linear(linear, r=4, base="nf4", **options)
+    nn.init.normal_(layer.lora_B, std=0.1)
+    x = torch.randn(3, 30)
+
+    def run(x):
+        return layer(x), layer.quantized_weight.dequantize()
+
+    for found, wanted in zip(torch.compile(run, fullgraph=True)(x), run(x), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def untraced(function):
+    def run(*args):
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=f"{function.__name__} is in a graph")
+        return function(*args)
+
+    return run
+
+
 def outputs(inputs, dtype, threads, format="nf4"):
     """y, the gradients of bias, lora_a, lora_b and x, and the dense weight."""
     x, weight, bias, lora_a, lora_b = sample(300, 576, inputs, 16, dtype, format=format)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from needs import needs_kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
@@ -25,7 +26,6 @@ CASES = [case for family in selftest.FAMILIES for case in family(CPU)]
 OPS = sorted(op for op in _native.references if not op.startswith("bench_"))
 OPS_HERE = [op for op in OPS if "cpu" in _native.kernels()[op]]
 CASES_HERE = [case for case in CASES if set(case.ops) <= set(OPS_HERE)]
-needs_kernels = pytest.mark.skipif(not _native.loaded, reason="needs the compiled library")
 
 
 def table(text):

@@ -182,6 +182,54 @@ def test_under_activation_checkpointing(reentrant):
     assert_alike(step(Checkpointed(), x), step(parted(shared), x))
 
 
+class Drawing(Attention):
+    """As one whose activations have a dropout of their own in between."""
+
+    def forward(self, x):
+        q = self.q(x)
+        noise = torch.rand(q.shape)
+        return torch.cat([q * noise, self.k(x), self.v(x)], -1)
+
+
+def test_seeds_are_those_of_each_alone_where_nothing_else_is_drawn():
+    shared, x = model(lora_dropout=0.5), torch.randn(4, 32)
+    states = []
+    for one in (shared, parted(shared)):
+        y = step(one, x)[0]
+        states.append((y, torch.get_rng_state()))
+    for a, b in zip(*states, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_seeds_are_drawn_before_what_is_drawn_in_between():
+    """Then elements are dropped that each alone would keep, at the same rate; and nothing of that
+    is lost or made twice: a replay drops the same, and so does backward.
+    """
+    shared, x = model(Drawing, lora_dropout=0.5), torch.randn(400, 32)
+    alone = parted(shared)
+    y, grad_x, *_ = step(shared, x)
+    first = slice(0, 16)
+    torch.manual_seed(1)
+    q, k, v = (alone.get_submodule(n)(x) for n in "qkv")  # seeds one after the other
+    noise = torch.rand(400, 16)
+    assert torch.equal(y, torch.cat([q * noise, k, v], -1))
+    other = step(alone, x)[0]
+    assert not torch.equal(y[:, first], other[:, first]) and not torch.equal(y, other)
+    plain = step(alone.eval(), x)[0]
+    spreads = [(t - plain)[:, 16:].std().item() for t in (y, other)]
+    assert spreads[0] == pytest.approx(spreads[1], rel=0.1)
+    replayed = checkpoint_step(shared, x)
+    assert_alike(replayed, [y, grad_x])
+
+
+def checkpoint_step(shared, x):
+    torch.manual_seed(1)
+    x = x.clone().requires_grad_()
+    y = checkpoint(shared, x, use_reentrant=False)
+    y.square().sum().backward()
+    return [y, x.grad]
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_find_together_again(how):
     shared = model()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from peftkern import _check
 from peftkern.qlora.codes import quantize
 from peftkern.qlora.format import BLOCK_SIZES, Format, find_format
-from peftkern.qlora.weight import QuantizedWeight
+from peftkern.qlora.weight import QuantizedWeight, stored_as
 
 # What peft calls "loftq" with iterations in a second config is "loftq_N" here.
 _NUMBERED = re.compile(r"(pissa)_niter_(\d+)|(loftq|orthogonal)_(\d+)")
@@ -20,6 +21,8 @@ _NAMES = ("gaussian", "pissa", "olora", "corda", "loftq", "orthogonal")
 SPLITTING = ("pissa", "olora", "corda")
 # Starts that divide singular values by the scale.
 _DIVIDING = ("pissa", "corda", "loftq")
+# As bitsandbytes has them; other dtypes have no collectives everywhere.
+STORAGES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,10 @@ class LoraConfig:
         exclude_modules: name endings, or a regular expression, that are left alone.
         base: a format's name or a `Format` to quantise the base to; None keeps it as it is.
         block_size, nested: of the quantised base; int8, which has neither, ignores both.
+        quant_storage: the dtype as which packed bytes of 4 bits are stored, the same bits: uint8,
+            bfloat16, float16 or float32. FullyShardedDataParallel wants one for all parameters of
+            a unit: then the dtype that adapters and compute have. In peft and transformers it is
+            `bnb_4bit_quant_storage`. int8 has its own.
         merge_aware: the forward sees the merged weight as a quantised base stores it, so that
             merging changes nothing; gradients go straight through the rounding. Takes a quantised
             base, no dropout and no DoRA, and keeps a second packed weight. The adapter's file does
@@ -78,6 +85,7 @@ class LoraConfig:
     base: str | Format | None = None
     block_size: int = 64
     nested: bool = True
+    quant_storage: torch.dtype = torch.uint8
     merge_aware: bool = False
 
     def __post_init__(self) -> None:
@@ -96,13 +104,7 @@ class LoraConfig:
         if self.bias not in ("none", "lora_only"):
             raise ValueError(f"bias must be 'none' or 'lora_only', got {self.bias!r}")
         self._check_expressions()
-        if self.base is not None and not find_format(self.base).in_blocks and self.block_size != 64:
-            raise ValueError(
-                f"block_size must be left out for {self.base}, whose rows have one scale each, "
-                f"got {self.block_size}"
-            )
-        if self.block_size not in BLOCK_SIZES:
-            raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
+        self._check_base()
 
     @property
     def start(self) -> str:
@@ -144,6 +146,24 @@ class LoraConfig:
                 if value <= 0:
                     raise ValueError(f"{name} must be above 0 for {given!r}, got {value}")
 
+    def _check_base(self) -> None:
+        if self.base is not None and not find_format(self.base).in_blocks:
+            if self.block_size != 64:
+                raise ValueError(
+                    f"block_size must be left out for {self.base}, whose rows have one scale each, "
+                    f"got {self.block_size}"
+                )
+            if self.quant_storage != torch.uint8:
+                raise ValueError(
+                    f"quant_storage must be left out for {self.base}, whose codes are signed "
+                    f"bytes, got {self.quant_storage}"
+                )
+        if self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
+        if self.quant_storage not in STORAGES:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in STORAGES)
+            raise TypeError(f"quant_storage must be one of {names}, got {self.quant_storage!r}")
+
     def _check_expressions(self) -> None:
         expressions = [("rank_pattern", k) for k in self.rank_pattern]
         expressions += [("alpha_pattern", k) for k in self.alpha_pattern]
@@ -160,8 +180,24 @@ class LoraConfig:
 
 
 def quantized_base(weight: Tensor, config: LoraConfig) -> QuantizedWeight:
-    """The base that a config asks for; block size and nesting where its format has them."""
+    """The base that a config asks for; block size, nesting and storage where its format has them.
+
+    Raises:
+        ValueError: bytes that do not fill the last float of their storage.
+    """
     assert config.base is not None
     if not (form := find_format(config.base)).in_blocks:
         return quantize(weight, form)
-    return quantize(weight, form, config.block_size, config.nested)
+    if reason := storage_obstacle(weight.shape.numel(), config):
+        raise ValueError(f"quant_storage must fit the weight, got {reason}")
+    base = quantize(weight, form, config.block_size, config.nested)
+    return replace(base, packed=stored_as(base.packed, config.quant_storage))
+
+
+def storage_obstacle(count: int, config: LoraConfig) -> str | None:
+    """Why the packed bytes of so many elements cannot be stored as the config has it."""
+    size, bytes_ = config.quant_storage.itemsize, -(-count // 2)
+    if config.base is None or bytes_ % size == 0:
+        return None
+    name = str(config.quant_storage).removeprefix("torch.")
+    return f"its {bytes_} packed bytes are no whole number of {name}"

@@ -26,6 +26,7 @@ from peftkern.qlora.weight import QuantizedWeight
 # (n as a 1000th of it in float32): the gain m / n stays finite, and a row that has shrunk so far
 # keeps its gradient.
 FLOOR = 8
+PANEL = 1024  # columns of a weight
 
 
 class Norms:
@@ -108,13 +109,24 @@ def norms(
     """n `[out]`. A row of W + c B A that is zero with all its terms has n = 0."""
     a, b = a.to(squares.dtype), b.to(squares.dtype)
     with torch.autocast(a.device.type, enabled=False):
-        cross = 2 * (linear(a, weight).t() * b).sum(1)
+        cross = 2 * (_product(a, weight).t() * b).sum(1)
         quadratic = ((b @ (a @ a.t())) * b).sum(1)
         # Above |c B_i A|, whatever cancels in it.
         bound = scale * (b.abs() @ torch.linalg.vector_norm(a, dim=1))
     n = squares + scale * cross + scale**2 * quadratic
     floor = FLOOR * torch.finfo(n.dtype).eps * (squares + bound.square())
     return torch.maximum(n, floor).sqrt()
+
+
+def _product(a: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
+    """A W^T `[r, out]`; by panels where W is stored `[in, out]`, lest a cast copy all of it."""
+    if isinstance(weight, QuantizedWeight) or weight.is_contiguous():
+        return linear(a, weight)
+    product = a.new_zeros(len(a), len(weight))
+    panels = zip(torch.split(a, PANEL, 1), torch.split(weight.t(), PANEL), strict=True)
+    for left, right in panels:
+        product.addmm_(left, right.to(a.dtype))
+    return product
 
 
 def rescale(product: Tensor, magnitude: Tensor, norms: Tensor, bias: Tensor | None) -> Tensor:
@@ -135,4 +147,7 @@ def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
 
 
 def _stored(weight: Tensor | QuantizedWeight) -> Tensor:
-    return weight.packed if isinstance(weight, QuantizedWeight) else weight
+    if isinstance(weight, QuantizedWeight):
+        return weight.packed
+    # Of a view, which may be made anew for each call, what it is a view of.
+    return weight if weight._base is None else weight._base

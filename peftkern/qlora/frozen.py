@@ -1,4 +1,4 @@
-"""The frozen weight of a layer: as bitsandbytes stores it, or dense; moved, saved and loaded."""
+"""A linear that does not train, as bitsandbytes stores it or dense: moved, saved and loaded."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.qlora import bnb, merging
+from peftkern.qlora.ops import linear
 from peftkern.qlora.weight import QuantizedWeight, stored_as
 
-Self = TypeVar("Self", bound="FrozenBase")
+Self = TypeVar("Self", bound="FrozenLinear")
 
 
-class FrozenBase(nn.Module):
-    """`weight` is a frozen Parameter, packed bytes or a dense `[out, in]`; scales stand beside it.
+class FrozenLinear(nn.Module):
+    """y = x W^T + bias: what a layer with an adapter adds to, and what it is once that is gone.
+
+    `weight` is a frozen Parameter, packed bytes or a dense `[out, in]`; scales stand beside it.
 
     Args:
         weight: `[out, in]`, quantised or dense. Its storage is shared, never copied or changed.
@@ -57,6 +60,9 @@ class FrozenBase(nn.Module):
         """Whether the adapter is in the weight."""
         return self.original is not None
 
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.base, self.bias)
+
     def _apply(self: Self, fn: Any, recurse: bool = True) -> Self:
         """The scales follow the packed bytes from device to device, and all keep their dtype.
 
@@ -77,6 +83,27 @@ class FrozenBase(nn.Module):
         if self.original is not None:
             self.original = self.original.moved(bits_kept)
         return self
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Asked by torch.distributed.checkpoint, which follows each key of a state dict from
+        attribute to attribute: which it looks for in another one of this module.
+        """
+        names = ("weight", bnb.SCALES, bnb.ORDER) if self._quantized is not None else ()
+        return dict.fromkeys(names, "_followed")
+
+    @property
+    def _followed(self) -> _Followed:
+        return _Followed()
+
+    def extra_repr(self) -> str:
+        weight = self.quantized_weight
+        base = weight.format.name if weight else "dense"
+        if weight and weight.block_size:
+            base += f", block_size={weight.block_size}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, base={base}, "
+            f"bias={self.bias is not None}"
+        )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -114,11 +141,22 @@ class FrozenBase(nn.Module):
             self._quantized = loaded.scales_to(self.weight.device).without_bytes()
 
 
-def base_of(linear: nn.Module) -> QuantizedWeight | Tensor:
-    """The weight of a linear as it is stored: quantised by bitsandbytes, or the very parameter."""
-    if bnb.is_quantized(linear):
-        return QuantizedWeight.from_bnb(linear)
-    return linear.weight  # type: ignore[return-value]
+class _Followed:
+    """Has every public attribute, which has them too: `weight.quant_state.bitsandbytes__nf4`."""
+
+    def __getattr__(self, name: str) -> _Followed:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self
+
+
+def base_of(module: nn.Module) -> QuantizedWeight | Tensor:
+    """The weight of a linear as it is stored: quantised, or the very parameter."""
+    if isinstance(module, FrozenLinear):
+        return module.base
+    if bnb.is_quantized(module):
+        return QuantizedWeight.from_bnb(module)
+    return module.weight  # type: ignore[return-value]
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from peftkern.qlora import dora, init, merge_aware, merging
 from peftkern.qlora.config import SPLITTING, LoraConfig, quantized_base
 from peftkern.qlora.format import Format
-from peftkern.qlora.frozen import FrozenBase, base_of
+from peftkern.qlora.frozen import FrozenLinear, base_of
 from peftkern.qlora.ops import linear
 from peftkern.qlora.sharing import SharedInput
 from peftkern.qlora.siblings import Sibling
 from peftkern.qlora.weight import QuantizedWeight
 
 
-class QLoRALinear(FrozenBase):
+class QLoRALinear(FrozenLinear):
     """y = x W^T + bias + scaling * (D(x) A^T) B^T; W and bias are frozen, A and B train.
 
     With `use_dora` (Liu et al., 2024), m trains too and
@@ -127,6 +127,7 @@ class QLoRALinear(FrozenBase):
         base: str | Format | None = None,
         block_size: int = 64,
         nested: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
         **options: Any,
     ) -> QLoRALinear:
         """A layer in the place of an `nn.Linear` or of a linear of bitsandbytes.
@@ -134,11 +135,13 @@ class QLoRALinear(FrozenBase):
         Args:
             linear: what it replaces; its weight and bias are shared where they need no quantising.
             base: a format to quantise a float weight to; None keeps the weight as it is.
+            block_size, nested, quant_storage: of the quantised base.
             options: further fields of `LoraConfig`.
         """
         config = LoraConfig(
-            r, lora_alpha, base=base, block_size=block_size, nested=nested, **options
-        )
+            r, lora_alpha, base=base, block_size=block_size, nested=nested,
+            quant_storage=quant_storage, **options,
+        )  # fmt: skip
         return cls.from_config(linear, config)
 
     @classmethod
@@ -225,14 +228,9 @@ class QLoRALinear(FrozenBase):
         self._norms = dora.Norms()
 
     def extra_repr(self) -> str:
-        weight = self.quantized_weight
-        base = weight.format.name if weight else "dense"
-        if weight and weight.block_size:
-            base += f", block_size={weight.block_size}"
         flags = {"dora": self.use_dora, "merge_aware": self.merge_aware, "merged": self.merged}
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
-            f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, base={base}, "
-            f"bias={self.bias is not None}"
+            f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, "
+            f"lora_dropout={self.lora_dropout}"
             + "".join(f", {name}=True" for name, on in flags.items() if on)
         )

@@ -55,7 +55,7 @@ class _StraightThrough(torch.autograd.Function):
 
 def _down(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
     """x A^T `[rows, r]`, by a linear of no outputs."""
-    nothing = [x.new_empty(0, x.shape[-1])], [1, 0, x.shape[-1], 0, 0]
+    nothing = ops.operand(x.new_empty(0, x.shape[-1]))
     return _linear_op(x, *nothing, None, lora_a, lora_b[:0], 1.0, *_REST)[1]  # type: ignore[no-any-return]
 
 

@@ -112,16 +112,20 @@ def _apply(
     else:
         dropout, seed = 0.0, None
     x = x.contiguous()
-    if isinstance(weight, QuantizedWeight):
-        dense, buffers, layout = None, weight.buffers, weight.layout
-    else:
-        dense, buffers, layout = weight, [], [*(1,) * (3 - weight.dim()), *weight.shape, 0, 0]
+    tensors, layout = operand(weight)
     rest = (scale, dropout, seed, offsets, adapter)
     if torch.is_grad_enabled():
+        dense, buffers = (None, tensors) if isinstance(weight, QuantizedWeight) else (weight, [])
         fixed = (buffers, layout, *rest)
         return _Linear.apply(x, dense, bias, lora_a, lora_b, fixed)  # type: ignore[no-any-return, no-untyped-call]
-    tensors = [dense] if dense is not None else buffers
     return _linear_op(x, tensors, layout, bias, lora_a, lora_b, *rest)[0]  # type: ignore[no-any-return]
+
+
+def operand(weight: Tensor | QuantizedWeight) -> tuple[list[Tensor], list[int]]:
+    """A weight as every op takes it: its tensors and its layout."""
+    if isinstance(weight, QuantizedWeight):
+        return weight.buffers, weight.layout
+    return [weight], [*(1,) * (3 - weight.dim()), *weight.shape, 0, 0]
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -5,7 +5,9 @@
     s          = D(x) A^T                                             D drops elements of x
     y          = x W^T + bias + scale * s B^T
 
-Differentiable by torch's own autograd, in any floating dtype, on any device.
+Differentiable by torch's own autograd, in any floating dtype, on any device. Not for torch.compile:
+where a last block is not full, inductor of torch 2.13 leaves it unwritten on a CPU, as it does in
+`n[torch.arange(40) // 32] + 1`. So what a graph meets of this stands inside an op.
 """
 
 from __future__ import annotations

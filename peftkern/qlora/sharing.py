@@ -24,7 +24,14 @@ class SharedInput:
     In training: one pass over the input, and one gradient of it instead of a sum of several.
     Only the very same tensor, unchanged since, is taken for the same input. A layer that is called
     with another gets its own numbers, as if it were alone; so a wrong group costs time and nothing
-    else. Copies and pickles have no members: a layer that is copied joins the copy of its group.
+    else, without dropout.
+
+    With dropout, the first to be called draws a seed for each, in the order of the calls. So where
+    nothing between their calls draws from torch's generator, each drops what it drops alone, and
+    leaves the generator as it does alone. Where something does, or where one is not called after
+    all, seeds are other ones: independent all the same, and drawn again in a checkpoint's replay.
+
+    Copies and pickles have no members: a layer that is copied joins the copy of its group.
     """
 
     def __init__(self) -> None:

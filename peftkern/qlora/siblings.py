@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from peftkern import _native
 from peftkern.qlora import check, fallback
-from peftkern.qlora.ops import _autocast, _seed
+from peftkern.qlora.ops import _autocast, _seed, operand
 from peftkern.qlora.weight import QuantizedWeight
 
 
@@ -160,13 +160,10 @@ def siblings(x: Tensor, parts: Sequence[Sibling], dropout: float = 0.0) -> tuple
     x = _autocast(x)
     weights: list[Tensor] = []
     layouts: list[int] = []
-    for weight, *_ in parts:
-        if isinstance(weight, QuantizedWeight):
-            buffers, layout = weight.buffers, weight.layout
-        else:
-            buffers, layout = [weight], [1, *weight.shape, 0, 0]
-        weights += buffers
-        layouts += [len(buffers), *layout]
+    for part in parts:
+        tensors, layout = operand(part.weight)
+        weights += tensors
+        layouts += [len(tensors), *layout]
     seeds = [_seed(None, x.device) for _ in parts] if dropout else []
     scales = [part.scale for part in parts]
     x = x.contiguous()
