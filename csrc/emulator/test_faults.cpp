@@ -239,7 +239,7 @@ void an_access_that_is_not_aligned() {
   alignas(16) float4 out[32];
   if (kSanitized || kRaces) {
     EXPECT_DIES(launch(vector_kernel, 1, 32, 0, nullptr, in + 1, out), "test_faults.cpp:",
-                kSanitized ? "load of misaligned address" : "reads 16 bytes at an address",
+                kSanitized ? "misaligned address" : "reads 16 bytes at an address",
                 kSanitized ? "requires 16 byte alignment" : "vector_kernel");
   }
   const auto* bytes = reinterpret_cast<const char*>(in);
@@ -315,7 +315,7 @@ __global__ void forgetful_kernel(float* out, int count) {
   if (i < count - 1) out[i] = 1;
 }
 
-// The tests start outputs as NaN (PEFTKERN's poison); this is why.
+// Tests from Python start outputs as NaN too (poison, common/binding.h).
 void an_output_that_nobody_writes() {
   std::vector<float> out(100, NAN);
   EXPECT(launch(forgetful_kernel, 4, 32, 0, nullptr, out.data(), 100) == cudaSuccess);
