@@ -1,0 +1,214 @@
+"""What qlora's kernels in Triton share: a tile of the weight, a tile's rows, dropout's mask.
+
+Forward and backward decode by the same function, so that both see the same weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NESTED_BLOCK = tl.constexpr(256)
+# The interpreter multiplies bfloat16 as if its bits were integers, and cuts off where a GPU rounds:
+# `dot` and `narrow` make up for both, and are plain operations when compiled.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def narrow(value, dtype: tl.constexpr):
+    """float32, rounded to the nearest number of this dtype."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = tl.where(value == value, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)
+        return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return value.to(dtype)
+
+
+@triton.jit
+def dot(left, right, sum):
+    """left [m, k] times right [k, n], onto sum [m, n] float32; exact products, float32 included."""
+    if INTERPRETED:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, sum, input_precision="ieee")
+
+
+@triton.jit
+def decode_scales(
+    block,  # numbers of blocks, any shape, int64
+    mask,
+    absmax_ptr,  # [blocks] float32, or uint8 codes where the scales are nested
+    nested_absmax_ptr,  # [ceil(blocks / 256)] float32
+    nested_map_ptr,  # [256] float32
+    nested_offset_ptr,  # [] float32
+    NESTED: tl.constexpr,
+):
+    """absmax[block] in float32; a nested one is a product and a sum, each rounded."""
+    scale = tl.load(absmax_ptr + block, mask=mask, other=0)
+    if NESTED:
+        scale = tl.load(nested_map_ptr + scale.to(tl.int32))
+        scale *= tl.load(nested_absmax_ptr + block // NESTED_BLOCK, mask=mask, other=0)
+        scale += tl.load(nested_offset_ptr)
+    return scale
+
+
+@triton.jit
+def decode_tile(
+    weight_ptr,  # [experts, rows, columns]; 4 bits: two codes a byte; 8: int8; 0: a dense weight
+    absmax_ptr,  # scales, see decode_scales; 8 bits: [experts, rows] float32
+    codebook_ptr,  # [16] float32
+    nested_absmax_ptr,
+    nested_map_ptr,
+    nested_offset_ptr,
+    expert,
+    row,  # the tile's first row, and its first column: a multiple of BLOCK_K
+    column,
+    rows,  # of one expert
+    columns,
+    dtype: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,  # weights that share a scale; 0: those of a row
+    NESTED: tl.constexpr,
+    ALIGNED: tl.constexpr,  # columns % BLOCK_SIZE == 0: no block, so no byte, belongs to two rows
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """W[expert, row : row + BLOCK_N, column : column + BLOCK_K] in this dtype, rounded once.
+
+    Beyond the edges stand finite numbers, which the other factor's zeros have to take out.
+    """
+    n = row + tl.arange(0, BLOCK_N)
+    k = column + tl.arange(0, BLOCK_K)
+    first = (expert.to(tl.int64) * rows + n)[:, None]  # counted over all experts
+    inside = (n < rows)[:, None] & (k < columns)[None, :]
+    if BITS == 0:
+        value = tl.load(weight_ptr + first * columns + k[None, :], mask=inside, other=0)
+        return narrow(value.to(tl.float32), dtype) if value.dtype != dtype else value
+    elif BITS == 8:
+        code = tl.load(weight_ptr + first * columns + k[None, :], mask=inside, other=0)
+        # A division that rounds to nearest, as everywhere else; `/` is off by an ulp on a GPU.
+        scale = tl.div_rn(tl.load(absmax_ptr + first, mask=(n < rows)[:, None], other=0), 127.0)
+        return narrow(code.to(tl.float32) * scale, dtype)
+    elif not ALIGNED:
+        element = first * columns + k[None, :]
+        byte = tl.load(weight_ptr + element // 2, mask=inside, other=0).to(tl.int32)
+        code = tl.where(element % 2 == 0, byte >> 4, byte & 15)
+        scale = decode_scales(
+            element // BLOCK_SIZE, inside,
+            absmax_ptr, nested_absmax_ptr, nested_map_ptr, nested_offset_ptr, NESTED,
+        )  # fmt: skip
+        return narrow(tl.load(codebook_ptr + code) * scale, dtype)
+    else:
+        pair = column // 2 + tl.arange(0, BLOCK_K // 2)
+        inside = (n < rows)[:, None] & (pair < columns // 2)[None, :]
+        place = weight_ptr + first * (columns // 2) + pair[None, :]
+        byte = tl.load(place, mask=inside, other=0).to(tl.int32)
+        high, low = tl.load(codebook_ptr + (byte >> 4)), tl.load(codebook_ptr + (byte & 15))
+        value = tl.reshape(tl.join(high, low), (BLOCK_N, BLOCK_K))
+        # One load for as many weights as share a scale.
+        SCALES: tl.constexpr = BLOCK_K // BLOCK_SIZE if BLOCK_K > BLOCK_SIZE else 1
+        block = column // BLOCK_SIZE + tl.arange(0, SCALES)
+        per_row = columns // BLOCK_SIZE
+        scale = decode_scales(
+            first * per_row + block[None, :], (n < rows)[:, None] & (block < per_row)[None, :],
+            absmax_ptr, nested_absmax_ptr, nested_map_ptr, nested_offset_ptr, NESTED,
+        )  # fmt: skip
+        if SCALES > 1:
+            wide = tl.broadcast_to(scale[:, :, None], (BLOCK_N, SCALES, BLOCK_K // SCALES))
+            scale = tl.reshape(wide, (BLOCK_N, BLOCK_K))
+        return narrow(value * scale, dtype)
+
+
+@triton.jit
+def keep_tile(
+    seed_ptr,  # [1] int64
+    threshold,  # round(p * 2^32), below 2^32: as the int32 of the same bits
+    row,  # the tile's rows [BLOCK_M], and its first column: a multiple of 4
+    column,
+    columns,
+    WHOLE_QUADS: tl.constexpr,  # columns % 4 == 0: four elements in a row share one Philox call
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Which elements of x [rows, columns] dropout keeps: reference.dropout's, bit for bit."""
+    seed = tl.load(seed_ptr)
+    limit = threshold.to(tl.uint32, bitcast=True)
+    first = row.to(tl.int64)[:, None] * columns + column
+    if WHOLE_QUADS:
+        quad = first // 4 + tl.arange(0, BLOCK_K // 4)[None, :]
+        zero = tl.zeros((BLOCK_M, BLOCK_K // 4), tl.uint32)
+        low, high = (quad & 0xFFFFFFFF).to(tl.uint32), (quad >> 32).to(tl.uint32)
+        a, b, c, d = tl.philox(seed, low, high, zero, zero)
+        pairs = tl.join(tl.join(a >= limit, c >= limit), tl.join(b >= limit, d >= limit))
+        return tl.reshape(pairs, (BLOCK_M, BLOCK_K))
+    else:
+        element = first + tl.arange(0, BLOCK_K)[None, :]
+        quad, lane = element // 4, element % 4
+        zero = tl.zeros((BLOCK_M, BLOCK_K), tl.uint32)
+        low, high = (quad & 0xFFFFFFFF).to(tl.uint32), (quad >> 32).to(tl.uint32)
+        a, b, c, d = tl.philox(seed, low, high, zero, zero)
+        word = tl.where(lane == 0, a, tl.where(lane == 1, b, tl.where(lane == 2, c, d)))
+        return word >= limit
+
+
+@triton.jit
+def tile_rows(
+    tile,
+    offsets_ptr,  # [experts + 1] int64
+    experts,
+    rows,
+    GROUPED: tl.constexpr,  # whether there are offsets
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,  # a power of two, at least `experts`
+):
+    """Of this tile, which holds rows of one expert alone: the expert, its first row, its end.
+
+    Each expert has tiles of its own, all of them `row_tiles` at most; those left over are empty.
+    """
+    if GROUPED:
+        e = tl.arange(0, BLOCK_E)
+        begin = tl.load(offsets_ptr + e, mask=e < experts, other=0)
+        end = tl.load(offsets_ptr + e + 1, mask=e < experts, other=0)
+        end = tl.minimum(end, rows)
+        tiles = (tl.maximum(end - begin, 0) + BLOCK_M - 1) // BLOCK_M
+        last = tl.cumsum(tiles, 0)
+        expert = tl.sum((last <= tile).to(tl.int32), 0)
+        mine = e == expert  # nowhere, of a tile that is left over: then first and end are 0
+        first = tl.sum(tl.where(mine, begin + (tile - last + tiles) * BLOCK_M, 0), 0)
+        return tl.minimum(expert, experts - 1), first, tl.sum(tl.where(mine, end, 0), 0)
+    else:
+        return tile * 0, tile.to(tl.int64) * BLOCK_M, rows
+
+
+@triton.jit
+def tile_adapters(
+    adapter_ptr,  # [rows] int32, -1: none
+    row,  # [BLOCK_M]
+    inside,  # which of them are rows of this tile
+    adapters,
+):
+    """The adapter of each row, and the first and the end of those that this tile may have."""
+    adapter = tl.load(adapter_ptr + row, mask=inside, other=-1)
+    first = tl.min(tl.where(adapter < 0, adapters, adapter), 0)
+    return adapter, first, tl.minimum(tl.max(adapter, 0) + 1, adapters)
+
+
+def row_tiles(rows: int, experts: int, block: int) -> int:
+    """How many tiles of so many rows there may be; where they lie is known on the device alone."""
+    filled = min(experts, rows)  # each with one row at least
+    return (rows - filled) // block + filled
+
+
+def decode_arguments(weight: Sequence[Tensor]) -> list[Tensor | None]:
+    """A weight's tensors as `decode_tile` takes them: six, None for what the format lacks."""
+    return [*weight, *[None] * (6 - len(weight))]
+
+
+def dropout_limit(p: float) -> int | None:
+    """What `keep_tile` takes as its threshold; None where everything is dropped."""
+    limit = round(p * 2**32)
+    if limit == 2**32:
+        return None
+    return limit - 2**32 if limit >= 2**31 else limit
