@@ -72,7 +72,7 @@ TILES: dict[str, dict[str, Rows]] = {
             (None, Tile(128, 128, 64, 8, 3)),
         ),
     },
-    # The gradient of x: its outputs are the weight's columns, of which a wide tile reads whole sectors.
+    # Of the gradient of x outputs are the weight's columns: a wide tile reads whole sectors.
     "grad_x 16": {
         "any": (
             (32, Tile(32, 128, 64, 4, 3)),
