@@ -77,7 +77,7 @@ TILES: dict[str, dict[str, Rows]] = {
         "any": (
             (32, Tile(32, 128, 64, 4, 3)),
             (64, Tile(64, 128, 64, 8, 3)),
-            (None, Tile(128, 128, 64, 8, 3)),
+            (None, Tile(128, 64, 64, 8, 3)),
         ),
     },
     "grad_x 32": {"any": ((None, Tile(32, 32, 32, 4, 2)),)},
