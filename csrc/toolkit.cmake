@@ -32,8 +32,8 @@ elseif(NOT PEFTKERN_CUDA MATCHES "^(on|auto)$")
 endif()
 
 # Looked for at every configuration: it may be another one by now.
-find_program(nvcc nvcc NO_CACHE HINTS $ENV{CUDA_HOME}/bin $ENV{CUDA_PATH}/bin
-  PATHS /usr/local/cuda/bin)
+find_program(nvcc nvcc NO_CACHE PATH_SUFFIXES bin
+  HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda)
 if(NOT nvcc)
   take_none("nvcc must be in CUDA_HOME, PATH or /usr/local/cuda, got none")
 endif()

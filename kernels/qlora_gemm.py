@@ -24,6 +24,7 @@ from peftkern.kernels.qlora_tiles import (
     dot,
     dropout_limit,
     keep_tile,
+    load,
     narrow,
     row_tiles,
     tile_adapters,
@@ -125,6 +126,7 @@ def gemm_kernel(
     BLOCK_SIZE: tl.constexpr,
     NESTED: tl.constexpr,
     ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,  # both terms and columns are multiples of their blocks
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -164,20 +166,20 @@ def gemm_kernel(
         begin = split * part
         for term in range(begin, tl.minimum(begin + part, terms), BLOCK_K):
             k = term + tl.arange(0, BLOCK_K)
-            here = inside[:, None] & (k < terms)[None, :]
-            x = tl.load(x_ptr + m[:, None] * terms + k[None, :], mask=here, other=0)
+            place = x_ptr + tl.minimum(m, stop - 1)[:, None] * terms + k[None, :]
+            x = load(place, k[None, :] < terms, EVEN)
             if OVER_ROWS:
                 w = decode_tile(
                     weight_ptr, absmax_ptr, codebook_ptr, nested_absmax_ptr, nested_map_ptr,
                     nested_offset_ptr, expert, term, start, rows, columns, dtype,
-                    BITS, BLOCK_SIZE, NESTED, ALIGNED, BLOCK_K, BLOCK_N,
+                    BITS, BLOCK_SIZE, NESTED, ALIGNED, EVEN, BLOCK_K, BLOCK_N,
                 )  # fmt: skip
                 sum = dot(x, w, sum)
             else:
                 w = decode_tile(
                     weight_ptr, absmax_ptr, codebook_ptr, nested_absmax_ptr, nested_map_ptr,
                     nested_offset_ptr, expert, start, term, rows, columns, dtype,
-                    BITS, BLOCK_SIZE, NESTED, ALIGNED, BLOCK_N, BLOCK_K,
+                    BITS, BLOCK_SIZE, NESTED, ALIGNED, EVEN, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
                 sum = dot(w, tl.trans(x), sum)
     if not OVER_ROWS:
@@ -226,7 +228,10 @@ def gemm(
     limit = dropout_limit(dropout)
     drops = seed is not None and limit != 0
     rank = 0 if low is None or (drops and limit is None) else low.shape[-1]
-    tile = paths.tile("gemm", x.device, x.dtype, inputs)
+    aligned = block_size == 0 or columns % block_size == 0
+    tile = paths.tile("grad_x" if over_rows else "gemm", x.device, x.dtype, inputs)
+    if not aligned:
+        tile = tile._replace(**paths.STRADDLING)
     programs = row_tiles(inputs, experts, tile.rows), triton.cdiv(outputs, tile.outputs)
     splits = paths.splits(tile, programs[0] * programs[1], terms, x.device) if has_base else 1
     parts = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
@@ -246,7 +251,8 @@ def gemm(
         BITS=bits,
         BLOCK_SIZE=block_size,
         NESTED=len(weight) > 3,
-        ALIGNED=block_size == 0 or columns % block_size == 0,
+        ALIGNED=aligned,
+        EVEN=terms % tile.inner == 0 and (not over_rows or columns % tile.outputs == 0),
         BLOCK_M=tile.rows,
         BLOCK_N=tile.outputs,
         BLOCK_K=tile.inner,

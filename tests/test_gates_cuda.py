@@ -99,12 +99,13 @@ class Kernel(NamedTuple):
     @property
     def slots(self) -> float:
         """Issue slots a weight and lane of the shortest loop that copies ahead; 0 without one."""
+        places = {address: i for i, (address, _) in enumerate(self.code)}
         lengths = []
-        for end, text in self.code:
-            branch = re.search(r"BRA.* 0x([0-9a-f]+)", text)
-            begin = int(branch[1], 16) if branch else end
-            body = [text for address, text in self.code if begin <= address <= end]
-            if begin < end and any(text.startswith("LDGSTS") for text in body):
+        for end, (_, text) in enumerate(self.code):
+            branch = re.search(r" 0x([0-9a-f]+)", text) if text.startswith("BRA") else None
+            begin = places[int(branch[1], 16)] if branch else end
+            body = self.code[begin : end + 1]
+            if begin < end and any(text.startswith("LDGSTS") for _, text in body):
                 lengths.append(len(body))
         return min(lengths, default=0) / WEIGHTS_A_TURN
 

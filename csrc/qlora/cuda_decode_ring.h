@@ -33,6 +33,7 @@ struct Layout {
 // stages' place when those are done with.
 template <typename T, typename Layout, int kMost>
 struct Plan {
+  // As many as leave room for two blocks of threads on an H100.
   static constexpr int kStages = kMost == 8 && sizeof(T) == 2 ? 4 : 3;
   static constexpr int kXPitch = kTileColumns * static_cast<int>(sizeof(T)) + 16;
   static constexpr int kTableBytes = Layout::kBits == 4 ? 256 * 128 : 0;
