@@ -72,7 +72,8 @@ emulated: $(VENV)/.test
 	cmake -S . -B build/emulated -G Ninja $(PACKAGE)
 	cmake --build build/emulated --target peftkern_emulated_races
 	PEFTKERN_EXAMPLES=5 PEFTKERN_EMULATED_LIBRARY=build/emulated/_emulated_races.so \
-	  python -m pytest tests/test_qlora*.py tests/test_selftest.py -k emulated
+	  python -m pytest tests/test_kernels_*_cuda.py tests/test_qlora*.py tests/test_selftest.py \
+	  -k 'cuda.py or emulated'
 
 # The ops from Python, in an interpreter that knows nothing of sanitizers: their runtime has to be
 # there first. Leaks are Python's own.
@@ -82,7 +83,8 @@ pytest-sanitize: $(VENV)/.test
 	PEFTKERN_EXAMPLES=5 PEFTKERN_LIBRARY=build/sanitize/_ops.so \
 	  PEFTKERN_EMULATED_LIBRARY=build/sanitize/_emulated.so ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  python -m pytest tests/test_qlora*.py -k 'not compile and not triton'
+	  python -m pytest tests/test_kernels_*_cuda.py tests/test_qlora*.py \
+	  -k 'not compile and not triton'
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

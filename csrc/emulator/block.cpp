@@ -1,5 +1,7 @@
 #include "emulator/block.h"
 
+#include <cstdlib>
+
 #include "emulator/copies.h"
 #include "emulator/races.h"
 #include "emulator/symbols.h"
@@ -27,12 +29,13 @@ void Block::run(const std::function<void()>& body, uint64_t seed) {
     Thread& thread = threads_[i];
     thread.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     thread.number = i;
-    thread.exited = thread.at_barrier = false;
+    thread.exited = false;
     thread.operation = nullptr;
     prepare(thread.fiber, enter);
     ready_.push_back(&thread);
   }
   arrived_ = exited_ = 0;
+  waiting_ = gone_ = nullptr;
   state_ = seed;
   body_ = &body;
   fault_ = nullptr;
@@ -66,24 +69,26 @@ void Block::live() {
   go(here, fault_ ? outside_ : next(), true);
 }
 
+void Block::stop(const std::exception_ptr& fault) {
+  fault_ = fault;
+  go(current->fiber, outside_, true);
+  std::abort();
+}
+
 void Block::leave() {
   Thread& me = *current;
   me.exited = true;
   ++exited_;
+  gone_ = &me;
   drop_copies(me);
-  for (unsigned i = 0; i < count_; ++i) {
+  if (waiting_) fail_at_barrier(*waiting_);
+  const unsigned first = me.number / 32 * 32;
+  for (unsigned i = first; i < first + 32 && i < count_; ++i) {
     const Thread& other = threads_[i];
-    if (other.at_barrier) {
-      fail("waits in __syncthreads at " + name(other.place) + ", but " + name(me) +
-               " has left the kernel without coming there",
-           other);
-    }
-    const bool names_me = i / 32 == me.number / 32 && other.mask >> (me.number % 32) & 1;
-    if (other.operation && names_me) {
-      fail("waits in " + std::string(other.operation->name) + " at " + name(other.place) + " for " +
-               name(me) + ", which has left the kernel",
-           other);
-    }
+    if (!other.operation || !(other.mask >> (me.number - first) & 1)) continue;
+    fail("waits in " + std::string(other.operation->name) + " at " + name(other.place) + " for " +
+             name(me) + ", which has left the kernel",
+         other);
   }
 }
 
@@ -108,60 +113,63 @@ void Block::pause() {
   if (&chosen != &me.fiber) go(me.fiber, chosen);
 }
 
+void Block::fail_at_barrier(const Thread& thread) {
+  fail("waits in __syncthreads at " + name(thread.place) + ", but " + name(*gone_) +
+           " has left the kernel without coming there",
+       thread);
+}
+
 void Block::barrier(const Place& place) {
   Thread& me = *current;
-  for (unsigned i = 0; i < count_ && (exited_ || arrived_); ++i) {
-    const Thread& other = threads_[i];
-    if (other.exited) {
-      fail("waits in __syncthreads at " + name(place) + ", but " + name(other) +
-           " has left the kernel without coming there");
-    }
-    if (!other.at_barrier) continue;
-    if (other.place.line.line() != place.line.line()) {
-      fail("comes to __syncthreads at " + name(place) + ", while " + name(other) +
-           " waits in another, at " + name(other.place));
-    }
-    if (!exited_) break;
-  }
-  me.at_barrier = true;
   me.place = place;
+  if (gone_) fail_at_barrier(me);
+  if (waiting_ && waiting_->place.line.line() != place.line.line()) {
+    fail("comes to __syncthreads at " + name(place) + ", while " + name(*waiting_) +
+         " waits in another, at " + name(waiting_->place));
+  }
+  waiting_ = &me;
   if (++arrived_ == count_) {
     arrived_ = 0;
-    for (unsigned i = 0; i < count_; ++i) {
-      threads_[i].at_barrier = false;
-      ready_.push_back(&threads_[i]);
-    }
+    waiting_ = nullptr;
+    for (unsigned i = 0; i < count_; ++i) ready_.push_back(&threads_[i]);
     races::barrier();
   }
   pause();
 }
 
-void Block::meet(const Operation& operation, uint32_t mask, Lane& lane, const Place& place) {
-  Thread& me = *current;
+// The lanes that are to meet here; whether all have come.
+bool Block::gather(const Operation& operation, uint32_t mask, const Place& place,
+                   Thread* (&lanes)[32]) {
+  const Thread& me = *current;
   const unsigned first = me.number / 32 * 32;
-  const std::string called = operation.name;
-  if (!(mask >> (me.number - first) & 1)) {
-    fail("calls " + called + " at " + name(place) + " with a mask that lacks its own lane");
-  }
-  Thread* lanes[32] = {};
+  const auto refuse = [&](const std::string& why) {
+    fail("calls " + std::string(operation.name) + " at " + name(place) + why);
+  };
+  if (!(mask >> (me.number - first) & 1)) refuse(" with a mask that lacks its own lane");
   bool complete = true;
   for (unsigned i = 0; i < 32; ++i) {
     if (!(mask >> i & 1)) continue;
-    Thread* other = lanes[i] = at(first + i);
+    const Thread* other = lanes[i] = at(first + i);
     if (!other || other->exited) {
-      fail("calls " + called + " at " + name(place) + " with a mask that names lane " +
-           std::to_string(i) + ", which " + (other ? "has left the kernel" : "the block lacks"));
+      refuse(" with a mask that names lane " + std::to_string(i) + ", which " +
+             (other ? "has left the kernel" : "the block lacks"));
     }
     if (other == &me) continue;
     complete &= other->operation != nullptr;
     if (!other->operation || !(other->mask >> (me.number - first) & 1)) continue;
     if (other->operation != &operation || other->mask != mask ||
         other->place.line.line() != place.line.line()) {
-      fail("calls " + called + " at " + name(place) + ", while " + name(*other) +
-           ", which its mask names, waits in " + other->operation->name + " at " +
-           name(other->place));
+      refuse(", while " + name(*other) + ", which its mask names, waits in " +
+             other->operation->name + " at " + name(other->place));
     }
   }
+  return complete;
+}
+
+void Block::meet(const Operation& operation, uint32_t mask, Lane& lane, const Place& place) {
+  Thread& me = *current;
+  Thread* lanes[32] = {};
+  const bool complete = gather(operation, mask, place, lanes);
   me.operation = &operation;
   me.mask = mask;
   me.place = place;

@@ -27,7 +27,7 @@ struct Thread {
   Fiber fiber;
   uint3 index;
   unsigned number;
-  bool exited, at_barrier;
+  bool exited;
   Place place;                 // of what it waits for
   const Operation* operation;  // the meeting it waits in, or null
   uint32_t mask;
@@ -42,6 +42,7 @@ class Block {
   void run(const std::function<void()>& body, uint64_t seed);
   void barrier(const Place& place);
   void meet(const Operation& operation, uint32_t mask, Lane& lane, const Place& place);
+  [[noreturn]] void stop(const std::exception_ptr& fault);  // at once, in the midst of a thread
   Thread* at(unsigned number) { return number < count_ ? &threads_[number] : nullptr; }
 
  private:
@@ -50,12 +51,15 @@ class Block {
   void leave();
   void pause();
   Fiber& next();
+  bool gather(const Operation& operation, uint32_t mask, const Place& place, Thread* (&lanes)[32]);
+  [[noreturn]] void fail_at_barrier(const Thread& thread);
   [[noreturn]] void name_the_stuck();
 
   std::vector<Thread> threads_;  // more than this block has, when another had more
   std::vector<Thread*> ready_;
   unsigned count_ = 0, arrived_ = 0, exited_ = 0;
-  uint64_t state_ = 0;  // of the lot
+  const Thread *waiting_ = nullptr, *gone_ = nullptr;  // one at the barrier, one that has left
+  uint64_t state_ = 0;                                 // of the lot
   Fiber outside_;
   const std::function<void()>* body_ = nullptr;
   std::exception_ptr fault_;

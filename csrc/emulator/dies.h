@@ -11,6 +11,22 @@
 
 namespace peftkern::emulator {
 
+#if defined(__SANITIZE_ADDRESS__)
+inline constexpr bool kSanitized = true;
+#else
+inline constexpr bool kSanitized = false;
+#endif
+#if defined(PEFTKERN_RACES)
+inline constexpr bool kRaces = true;
+#else
+inline constexpr bool kRaces = false;
+#endif
+
+// How a report names a line of the test.
+inline std::string at(int line, const char* file = __builtin_FILE()) {
+  return std::string(file) + ":" + std::to_string(line);
+}
+
 template <typename Function>
 std::string last_words(const Function& function) {
   int ends[2];
@@ -19,6 +35,7 @@ std::string last_words(const Function& function) {
   const pid_t child = fork();
   if (child == 0) {
     dup2(ends[1], 2);
+    std::set_terminate([] { _exit(1); });  // a fault that nobody can catch has no words
     try {
       function();
     } catch (const std::exception& fault) {
@@ -40,6 +57,9 @@ std::string last_words(const Function& function) {
 }
 
 }  // namespace peftkern::emulator
+
+// Remembers where a kernel stands in its file.
+#define LINE(name) constexpr int name = __LINE__
 
 // Each of the words, anywhere in what the child said.
 #define EXPECT_DIES(call, ...)                                                               \

@@ -76,17 +76,20 @@ void prepare_top(Fiber& fiber) {
 
 void swap(Fiber& from, Fiber& to) { peftkern_emulator_switch(&from.top, to.top); }
 #else
+// The context lies at the stack's far end.
 void prepare_top(Fiber& fiber) {
-  auto* context = fiber.top ? static_cast<ucontext_t*>(fiber.top) : new ucontext_t;
+  constexpr size_t kContext = (sizeof(ucontext_t) + 15) / 16 * 16;
+  auto* context = new (fiber.stack) ucontext_t;
   getcontext(context);
-  context->uc_stack.ss_sp = fiber.stack;
-  context->uc_stack.ss_size = fiber.bytes;
+  context->uc_stack.ss_sp = static_cast<char*>(fiber.stack) + kContext;
+  context->uc_stack.ss_size = fiber.bytes - kContext;
   makecontext(context, start, 0);
   fiber.top = context;
 }
 
 void swap(Fiber& from, Fiber& to) {
-  if (!from.top) from.top = new ucontext_t;
+  static ucontext_t outside;
+  if (!from.top) from.top = &outside;
   swapcontext(static_cast<ucontext_t*>(from.top), static_cast<ucontext_t*>(to.top));
 }
 #endif

@@ -1,8 +1,7 @@
-// Planted bugs, one for each class of fault; each has to be caught, in words that lead to it.
-// AddressSanitizer's and UndefinedBehaviorSanitizer's share is asked for in their build, the race
-// detector's in its own.
+// Planted bugs, one for each class of fault (those of order stand in test_races.cpp, a wrong
+// fragment in test_fragments.cpp); each has to be caught, in words that lead to it. What the
+// sanitizers catch is asked for in their build, what the race detector catches in its own.
 #include <cmath>
-#include <string>
 #include <vector>
 
 #include "common/launch.h"
@@ -11,23 +10,9 @@
 #include "emulator/dies.h"
 
 using namespace peftkern;
+using namespace peftkern::emulator;
 
 namespace {
-
-#if defined(__SANITIZE_ADDRESS__)
-constexpr bool kSanitized = true;
-#else
-constexpr bool kSanitized = false;
-#endif
-#if defined(PEFTKERN_RACES)
-constexpr bool kRaces = true;
-#else
-constexpr bool kRaces = false;
-#endif
-
-// "test_faults.cpp:<line>" of a line of this file that holds a mark.
-#define LINE(name) constexpr int name = __LINE__
-std::string at(int line) { return "test_faults.cpp:" + std::to_string(line); }
 
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
@@ -116,70 +101,6 @@ void a_meeting_of_a_warp_that_a_lane_misses() {
               "has left the kernel");
 }
 
-// --- missing barriers, and races
-
-LINE(kUnordered);
-__global__ void unordered_kernel(const float* in, float* out) {
-  __shared__ float x[64];
-  x[threadIdx.x] = 0;
-  __syncthreads();
-  x[threadIdx.x] = in[threadIdx.x];        // kUnordered + 5
-  out[threadIdx.x] = x[63 - threadIdx.x];  // kUnordered + 6
-}
-
-__global__ void unordered_bytes_kernel(int* out) {
-  __shared__ uint8_t x[64];
-  x[threadIdx.x] = 1;  // neighbours in a word do not meet
-  if (threadIdx.x == 63) x[0] = 2;
-  __syncthreads();
-  out[threadIdx.x] = x[threadIdx.x];
-}
-
-__global__ void half_ordered_kernel(int* out) {
-  __shared__ int x[64];
-  x[threadIdx.x] = 1;
-  __syncwarp();  // of one's own warp, which is not where one reads
-  out[threadIdx.x] = x[threadIdx.x ^ 32];
-}
-
-__global__ void half_atomic_kernel(int* out) {
-  __shared__ int x[1];
-  if (threadIdx.x == 0) x[0] = 0;
-  atomicAdd(x, 1);
-  __syncthreads();
-  out[threadIdx.x] = x[0];
-}
-
-__global__ void unwritten_kernel(float* out) {
-  __shared__ float x[64];
-  if (threadIdx.x < 63) x[threadIdx.x] = 1;
-  __syncthreads();
-  out[threadIdx.x] = x[63 - threadIdx.x];
-}
-
-void a_missing_barrier() {
-  std::vector<float> in(64), out(64);
-  for (size_t i = 0; i < 64; ++i) in[i] = static_cast<float>(i);
-  if (kRaces) {
-    EXPECT_DIES(launch(unordered_kernel, 1, 64, 0, nullptr, in.data(), out.data()),
-                "of shared x at ", at(kUnordered + 5), at(kUnordered + 6),
-                "with no barrier between", "writes", "reads");
-    std::vector<int> numbers(64);
-    EXPECT_DIES(launch(unordered_bytes_kernel, 1, 64, 0, nullptr, numbers.data()),
-                "writes bytes 0 to 0 of shared x at ", "with no barrier between");
-    EXPECT_DIES(launch(half_ordered_kernel, 1, 64, 0, nullptr, numbers.data()), "of shared x at ");
-    EXPECT_DIES(launch(half_atomic_kernel, 1, 64, 0, nullptr, numbers.data()), "of shared x at ");
-    EXPECT_DIES(launch(unwritten_kernel, 1, 64, 0, nullptr, out.data()),
-                "reads bytes 252 to 255 of shared x at ", "which nobody has written");
-    return;
-  }
-  // Without the detector it shows in what comes out, since no order of threads is kept to.
-  EXPECT(launch(unordered_kernel, 1, 64, 0, nullptr, in.data(), out.data()) == cudaSuccess);
-  EXPECT(out != std::vector<float>(in.rbegin(), in.rend()));
-  EXPECT(launch(unwritten_kernel, 1, 64, 0, nullptr, out.data()) == cudaSuccess);
-  EXPECT(std::isnan(out[0]) && out[1] == 1);
-}
-
 // --- memory that is not one's own
 
 __global__ void past_global_kernel(float* out) { out[threadIdx.x + 1] = 1; }
@@ -254,60 +175,6 @@ void an_access_that_is_not_aligned() {
               "test_faults.cpp:");
 }
 
-// --- copies
-
-template <int kPending>
-__global__ void early_kernel(const float* in, float* out) {
-  auto* x = static_cast<float*>(ptx::dynamic_shared());
-  x[threadIdx.x * 8] = x[threadIdx.x * 8 + 4] = 0;
-  ptx::cp_async_16(x + threadIdx.x * 8, in, true);
-  ptx::cp_async_commit();
-  ptx::cp_async_16(x + threadIdx.x * 8 + 4, in, true);
-  ptx::cp_async_commit();
-  ptx::cp_async_wait<kPending>();
-  out[threadIdx.x] = x[threadIdx.x * 8] + x[threadIdx.x * 8 + 4];
-}
-
-__global__ void another_kernel(const float* in, float* out) {
-  auto* x = static_cast<float4*>(ptx::dynamic_shared());
-  ptx::cp_async_16(x + threadIdx.x, in, true);
-  ptx::cp_async_commit();
-  ptx::cp_async_wait<0>();  // and no barrier
-  out[threadIdx.x] = x[threadIdx.x ^ 1].x;
-}
-
-__global__ void overwritten_kernel(const float* in, float* out) {
-  auto* x = static_cast<float4*>(ptx::dynamic_shared());
-  x[threadIdx.x] = {1, 1, 1, 1};
-  __syncthreads();
-  out[threadIdx.x] = x[threadIdx.x ^ 1].x;
-  ptx::cp_async_16(x + threadIdx.x, in, true);  // somebody may still read here
-  ptx::cp_async_commit();
-  ptx::cp_async_wait<0>();
-}
-
-void a_read_before_the_copy_was_waited_for() {
-  alignas(16) const float in[4] = {1, 2, 3, 4};
-  std::vector<float> out(32);
-  EXPECT(launch(early_kernel<0>, 1, 32, 1024, nullptr, in, out.data()) == cudaSuccess);
-  EXPECT(out == std::vector<float>(32, 2));
-  const auto early = [&] { launch(early_kernel<1>, 1, 32, 1024, nullptr, in, out.data()); };
-  if (kSanitized) {
-    EXPECT_DIES(early(), "use-after-poison", "early_kernel", "test_faults.cpp:");
-  } else if (kRaces) {
-    EXPECT_DIES(early(), "reads bytes ", "which a cp.async of thread (", "has not been waited for",
-                "test_faults.cpp:");
-  } else {
-    early();
-    EXPECT(std::isnan(out[0]) && std::isnan(out[31]));
-  }
-  if (!kRaces) return;
-  EXPECT_DIES(launch(another_kernel, 1, 32, 512, nullptr, in, out.data()),
-              "test_faults.cpp:", "of shared dynamic_shared() at ");
-  EXPECT_DIES(launch(overwritten_kernel, 1, 32, 512, nullptr, in, out.data()),
-              "test_faults.cpp:", "with no barrier between");
-}
-
 // --- outputs
 
 __global__ void forgetful_kernel(float* out, int count) {
@@ -330,7 +197,7 @@ void the_next_launch_is_not_disturbed() {
     bool faulted = false;
     try {
       launch(divergent_kernel, 1, 64, 0, nullptr, out.data());
-    } catch (const emulator::Fault&) {
+    } catch (const Fault&) {
       faulted = true;
     }
     EXPECT(faulted);
@@ -345,10 +212,8 @@ void the_next_launch_is_not_disturbed() {
 int main() {
   RUN(a_barrier_that_not_all_threads_reach);
   RUN(a_meeting_of_a_warp_that_a_lane_misses);
-  RUN(a_missing_barrier);
   RUN(memory_out_of_bounds);
   RUN(an_access_that_is_not_aligned);
-  RUN(a_read_before_the_copy_was_waited_for);
   RUN(an_output_that_nobody_writes);
   RUN(the_next_launch_is_not_disturbed);
 }
