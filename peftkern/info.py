@@ -11,7 +11,7 @@ import torch
 
 from peftkern import _native
 
-BUILD_FACTS = ("version", "commit", "compiler", "torch", "isas")
+BUILD_FACTS = ("version", "commit", "compiler", "torch", "isas", "cuda", "architectures")
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,14 @@ class Info:
 
     Args:
         version: of peftkern, or "unknown" where it runs uninstalled from its sources.
-        build: facts of the compiled library (commit, compiler, torch, isas); empty without one.
+        build: facts of the compiled library (commit, compiler, torch, isas; cuda, which is the version of
+            nvcc or "none", and the architectures that it compiled for); empty without one.
         python: its version and the platform.
         torch: the version that runs.
         devices: the CPU's threads, and every GPU by name.
         isa: the instruction set that the CPU kernels use, "none" without a compiled library.
         available_isas: those that build and CPU both have.
-        kernels: for every op and device, "C++", "Triton" or "reference" (plain torch).
+        kernels: for every op and device, "C++", "CUDA", "Triton" or "reference" (plain torch).
     """
 
     version: str
@@ -53,7 +54,7 @@ class Info:
         width = max(map(len, self.kernels), default=0)
         for op, kernels in self.kernels.items():
             served = ", ".join(f"{device}: {kernel}" for device, kernel in kernels.items())
-            lines.append(f"{op:{width}}  {served}")
+            lines.append(f"{op:{width}}  {served or 'called on GPUs alone'}")
         return "\n".join(lines)
 
 
@@ -84,7 +85,8 @@ def _build_facts() -> dict[str, str]:
         facts = importlib.import_module("peftkern._build")
     except ModuleNotFoundError:
         return {}
-    return {name: str(getattr(facts, name)) for name in BUILD_FACTS}
+    found = {name: str(getattr(facts, name)) for name in BUILD_FACTS}
+    return {name: fact for name, fact in found.items() if fact}
 
 
 def _installed_version() -> str:
