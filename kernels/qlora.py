@@ -12,6 +12,7 @@ from torch import Tensor
 from peftkern import _native
 from peftkern.kernels import qlora_panels as panels
 from peftkern.kernels import qlora_paths as paths
+from peftkern.kernels.qlora_backward import linear_bwd as linear_bwd
 from peftkern.kernels.qlora_forward import lora_down
 from peftkern.kernels.qlora_gemm import gemm
 from peftkern.kernels.qlora_tiles import decode_scales, narrow
