@@ -42,7 +42,7 @@ def _dequantize_kernel(
     code = tl.where(element % 2 == 0, byte >> 4, byte & 15)
     block = element // block_size
     scale = decode_scales(
-        block, mask, absmax_ptr, nested_absmax_ptr, nested_map_ptr, nested_offset_ptr, NESTED
+        block, mask, absmax_ptr, nested_absmax_ptr, nested_map_ptr, nested_offset_ptr, NESTED, False
     )
     value = tl.load(codebook_ptr + code) * scale
     tl.store(out_ptr + element, narrow(value, out_ptr.dtype.element_ty), mask=mask)
@@ -108,7 +108,7 @@ def linear(
         low = down = lora_down(flat, lora_a, dropout, seed, offsets, adapter)
     # The kernel for few rows knows one adapter alone.
     decodes = adapter is None and _native.serves("qlora_decode", x.device.type)
-    path, _ = paths.choose(x.device, x.dtype, len(flat), experts, bits, decodes)
+    path = paths.choose(x.device, x.dtype, len(flat), experts, bits, decodes)
     if path == "decode":
         y = torch.ops.peftkern.qlora_decode(flat, weight, layout, bias, low, lora_b, scale)
     else:
