@@ -79,9 +79,9 @@ def gradients(
     grad: Tensor, x: Tensor | None, down: Tensor, weight: Sequence[Tensor], layout: Sequence[int],
     bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, scale: float,
     dropout: float, seed: Tensor | None, offsets: Tensor | None, adapter: Tensor | None,
-    needs: Sequence[bool], grad_x: Tensor | None,
+    needs: Sequence[bool], grad_x: Tensor | None, add: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """Writes grad_x `[rows, columns]`, where it is given; returns the others."""
+    """Writes grad_x `[rows, columns]`, or adds to it, where it is given; returns the others."""
     _, needs_weight, needs_bias, needs_a, needs_b = needs
     groups = by_expert = Groups(layout[0], offsets)
     if lora_a is not None and adapter is not None:
@@ -107,12 +107,12 @@ def gradients(
         found.append(grad_b)
     if grad_x is not None:
         experts, *_, bits = layout
-        path, _ = paths.choose(grad.device, grad.dtype, len(grad), experts, bits, decodes=False)
+        path = paths.choose(grad.device, grad.dtype, len(grad), experts, bits, decodes=False)
         low_rank = (t, lora_a, 1.0, offsets, adapter, dropout, seed)  # t has the scale already
         if path == "gemm":
-            gemm(grad, weight, layout, grad_x, None, *low_rank, over_rows=True)
+            gemm(grad, weight, layout, grad_x, None, *low_rank, over_rows=True, add=add)
         else:
-            panels.grad_x(grad, weight, layout, grad_x, *low_rank)
+            panels.grad_x(grad, weight, layout, grad_x, *low_rank, add)
     return found
 
 

@@ -150,6 +150,7 @@ def test_any_rank_is_served(device, rank):
 @pytest.mark.parametrize("grouped", ["one", "experts", "mixed"])
 def test_strips_of_several_blocks_are_added_up(device, dtype, grouped, monkeypatch):
     monkeypatch.setattr(strips, "STRIPS", 2)  # so that each is three blocks long
+    monkeypatch.setattr(strips, "BLOCK_PARTS", 1)  # so that parts are added up in several steps
     x, weight, *parameters = on(device, *sample(18, 32, 90, 3, dtype, 16, experts=4))
     grad = torch.randn(90, 18, device=device).to(dtype)
     offsets, adapter, seed = on(
