@@ -110,7 +110,7 @@ def siblings_down(
         return [down.zero_() for down in downs]
     if rows == 0:
         return downs
-    tile = paths.tile("down", x.device, x.dtype, rows)
+    tile = paths.tile("siblings_down", x.device, x.dtype, rows)
     block_r = min(max(triton.next_power_of_2(max(ranks)), 16), tile.outputs)
     programs = row_tiles(rows, 1, tile.rows), triton.cdiv(max(ranks), block_r)
     splits = paths.splits(tile, programs[0] * programs[1], columns, x.device)

@@ -139,10 +139,13 @@ def grad_a_kernel(
     tl.store(to, factor * sums, mask=is_j[:, None] & is_k[None, :])
 
 
-def _sides(tile: paths.Tile, rows: int, rank: int, groups: Groups) -> dict[str, int]:
+def _sides(x: Tensor, tile: paths.Tile, rank: int, groups: Groups) -> dict[str, int]:
     """What all kernels here ask for; no side of a product is shorter than 16."""
+    rows, columns = x.shape
+    # A row that starts anywhere is read one number at a time: few rows, or registers run out.
+    most = tile.rows if columns % 8 == 0 else 16
     return {
-        "BLOCK_M": min(tile.rows, max(triton.next_power_of_2(rows), 16)),
+        "BLOCK_M": min(most, max(triton.next_power_of_2(rows), 16)),
         "BLOCK_R": min(tile.inner, max(triton.next_power_of_2(rank), 16)),
         "BLOCK_G": triton.next_power_of_2(groups.count),
         "num_warps": tile.warps,
@@ -163,7 +166,7 @@ def lora_bwd(
     if t is None and grad_b is None and grad_bias is None:
         return
     tile = paths.tile("lora_bwd", grad.device, grad.dtype, rows)
-    sides = _sides(tile, rows, rank, groups)
+    sides = _sides(grad, tile, rank, groups)
     strips = strips_of(rows, groups, sides["BLOCK_M"])
     tiles = triton.cdiv(outputs, tile.outputs)
     # What one launch serves is tile.inner wide; a wider rank reads g once more for each.
@@ -191,7 +194,7 @@ def grad_a(
     if limit is None:
         return out.zero_()
     tile = paths.tile("grad_a", x.device, x.dtype, rows)
-    sides = _sides(tile, rows, rank, groups)
+    sides = _sides(x, tile, rank, groups)
     strips = strips_of(rows, groups, sides["BLOCK_M"])
     tiles = triton.cdiv(columns, tile.outputs)
     for first in range(0, rank, tile.inner):

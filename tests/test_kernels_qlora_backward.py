@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import FORMATS, sample
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from peftkern import _verdict
 from peftkern.qlora import fallback, reference
@@ -14,6 +15,7 @@ from peftkern.qlora import fallback, reference
 triton_qlora = pytest.importorskip("peftkern.kernels.qlora", reason="needs triton")
 from peftkern.kernels import qlora_paths as paths  # noqa: E402
 from peftkern.kernels import qlora_strips as strips  # noqa: E402
+from peftkern.kernels.qlora_forward import down_kernel  # noqa: E402
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SIZES = st.integers(1, 70)
@@ -238,3 +240,43 @@ def test_double_precision_is_left_to_the_fallback(device):
     x, weight, *parameters = on(device, *sample(9, 64, 5, 4, torch.float64))
     grad = torch.randn(5, 9, dtype=torch.float64, device=device)
     assert_every_gradient(grad, x, weight, *parameters)
+
+
+class Rooms(TorchDispatchMode):
+    """Counts the tensors that torch makes room for."""
+
+    rooms = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.rooms += func._opname in {"empty", "new_empty", "empty_like", "zeros", "new_zeros"}
+        return func(*args, **(kwargs or {}))
+
+
+def counted(run):
+    """What it returns, the kernels that it launches, and the tensors that it makes room for."""
+    launches, launch = [], type(down_kernel).run
+
+    def record(kernel, *args, **kwargs):
+        launches.append(kernel.__name__)
+        with _disable_current_modes():  # the interpreter has tensors of its own
+            return launch(kernel, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, Rooms() as count:
+        patch.setattr(type(down_kernel), "run", record)
+        found = run()
+    return found, launches, count.rooms
+
+
+def test_a_training_step_is_a_handful_of_launches_and_allocations(device):
+    x, weight, bias, lora_a, lora_b = on(device, *sample(20, 64, 40, 4, torch.bfloat16))
+    seed = torch.tensor([1], device=device)
+    rest = [*operands(weight), bias, lora_a, lora_b, 0.5, 0.25, seed, None, None]
+    grad, needs = torch.ones(40, 20, dtype=x.dtype, device=device), [True, False, True, True, True]
+    with paths.forced("gemm", paths.Tile(32, 32, 64, 4, 1, 1)):
+        (_, down), launches, rooms = counted(lambda: triton_qlora.linear(x, *rest))
+        assert launches == ["down_kernel", "gemm_kernel"]
+        assert rooms == 2  # y and down
+        _, launches, rooms = counted(lambda: triton_qlora.linear_bwd(grad, x, down, *rest, needs))
+    sums = ["lora_bwd_kernel", "finish_kernel", "grad_a_kernel", "finish_kernel"]
+    assert launches == [*sums, "gemm_kernel"]
+    assert rooms == 9  # four gradients, t, and the parts of four sums
