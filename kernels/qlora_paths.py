@@ -72,12 +72,12 @@ TILES: dict[str, dict[str, Rows]] = {
             (None, Tile(128, 128, 64, 8, 3)),
         ),
     },
-    # The gradient of x: its outputs are the weight's columns, of which a wide tile reads whole sectors.
+    # Of the gradient of x outputs are the weight's columns: a wide tile reads whole sectors.
     "grad_x 16": {
         "any": (
             (32, Tile(32, 128, 64, 4, 3)),
             (64, Tile(64, 128, 64, 8, 3)),
-            (None, Tile(128, 128, 64, 8, 3)),
+            (None, Tile(128, 64, 64, 8, 3)),
         ),
     },
     "grad_x 32": {"any": ((None, Tile(32, 32, 32, 4, 2)),)},
