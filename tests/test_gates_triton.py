@@ -1,0 +1,150 @@
+"""Static gates: what every Triton kernel of qlora compiles to, for GPUs that need not be there.
+
+A bound holds for all releases of Triton from 3.6 on and for all three architectures: it lies some
+way above what was measured, and a drop past it is to be seen.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="needs triton")
+TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+pytestmark = pytest.mark.skipif(not TOOL.exists(), reason="needs the tools of Triton's wheel")
+
+ROOT = Path(__file__).parents[1]
+ARCHITECTURES = ("sm80", "sm90", "sm100")
+
+# Instructions, as the start of a name in SASS; of a matrix unit: mma, wgmma and tcgen05.
+MATRIX = {"sm80": r"HMMA", "sm90": r"HGMMA", "sm100": r"UTCHMMA"}
+SMALL_MATRIX = r"HMMA"  # the first side is the rank, too short for the others
+EXACT = r"FFMA"  # float32 is multiplied as float32
+COPY = r"LDGSTS\S*\.128"  # cp.async of 16 bytes: loads that are under way while others are used
+READ = r"LDG\S*\.128"
+WRITE = r"STG\S*\.128"
+
+
+class Gate(NamedTuple):
+    """At most so many registers, bytes of shared memory and of stack; these instructions."""
+
+    registers: int
+    shared: int
+    instructions: tuple = ()
+    stack: int = 0
+
+
+KB = 1024
+# By kernel, and before that by case and kernel; the cases are those of triton_gates.py.
+GATES = {
+    "down_kernel": Gate(128, 48 * KB, (MATRIX, COPY, WRITE), stack=8),  # of sm100
+    "sum_kernel": Gate(64, 0, (READ, WRITE)),
+    "gemm_kernel": Gate(200, 48 * KB, (MATRIX, COPY, WRITE)),
+    "gemm_kernel over rows": Gate(216, 56 * KB, (MATRIX, COPY, WRITE)),
+    "lora_bwd_kernel": Gate(184, 72 * KB, (MATRIX, COPY, WRITE)),
+    "grad_a_kernel": Gate(168, 64 * KB, (SMALL_MATRIX, COPY, WRITE)),
+    "finish_kernel": Gate(64, 4 * KB, (READ,)),
+    "panel_kernel": Gate(80, 8 * KB, (WRITE,)),
+    "siblings_down_kernel": Gate(232, 72 * KB, (MATRIX, COPY, WRITE)),
+    "siblings_sum_kernel": Gate(64, 0, (READ, WRITE)),
+    "grad_weight_kernel": Gate(192, 100 * KB, (MATRIX, COPY, WRITE)),
+    "_dequantize_kernel": Gate(64, 4 * KB, (WRITE,)),
+    "_dequantize_rows_kernel": Gate(64, 8 * KB, (READ, WRITE)),
+    ("nested, many rows", "gemm_kernel"): Gate(200, 32 * KB, (MATRIX, COPY, WRITE)),
+    ("nested, many rows", "gemm_kernel over rows"): Gate(232, 32 * KB, (MATRIX, COPY, WRITE)),
+    ("plain, float32", "down_kernel"): Gate(64, 8 * KB, (EXACT, COPY)),
+    ("plain, float32", "gemm_kernel"): Gate(128, 12 * KB, (EXACT, COPY, WRITE)),
+    ("plain, float32", "gemm_kernel over rows"): Gate(255, 12 * KB, (EXACT, COPY, WRITE)),
+    ("plain, float32", "lora_bwd_kernel"): Gate(128, 20 * KB, (EXACT, COPY, WRITE)),
+    ("plain, float32", "grad_a_kernel"): Gate(224, 24 * KB, (EXACT, COPY, WRITE)),
+    ("int8, few rows", "gemm_kernel"): Gate(168, 52 * KB, (MATRIX, COPY, WRITE)),
+    ("int8, few rows", "gemm_kernel over rows"): Gate(255, 60 * KB, (MATRIX, COPY, WRITE)),
+}
+# The rare ways have the whole of a multiprocessor to themselves. Where rows start anywhere, each
+# number is read by itself, from an address of its own.
+RARE_GATES = {
+    "experts": Gate(255, 112 * KB),
+    "mixed adapters": Gate(255, 112 * KB),
+    "uneven": Gate(255, 160 * KB, stack=2 * KB),
+}
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """What triton_gates.py says of every launch of every case."""
+    folder = tmp_path_factory.mktemp("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(folder),
+        "PEFTKERN_TILES": str(folder / "none.json"),  # the committed tiles alone
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("triton_gates.py"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def name_of(record):
+    return record["kernel"] + " over rows" * record["switches"].get("OVER_ROWS", False)
+
+
+def gate_of(record):
+    case, name = record["case"], name_of(record)
+    return RARE_GATES.get(case) or GATES.get((case, name)) or GATES[name]
+
+
+def faults(record, gate):
+    """What the compiled kernel has too much of, or lacks."""
+    for what in ("registers", "shared", "stack"):
+        if record[what] > getattr(gate, what):
+            yield f"{what}: {record[what]} are more than {getattr(gate, what)}"
+    for wanted in gate.instructions:
+        pattern = wanted if isinstance(wanted, str) else wanted[record["architecture"]]
+        if not any(re.match(pattern, name) for name in record["instructions"]):
+            yield f"no {pattern}"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_stays_within_its_gate(records, architecture):
+    found = {
+        f"{record['case']}: {name_of(record)}: {fault}"
+        for record in records
+        if record["architecture"] == architecture
+        for fault in faults(record, gate_of(record))
+    }
+    assert not found, "\n".join(sorted(found))
+
+
+def test_every_kernel_has_a_gate_and_every_gate_a_kernel(records):
+    written = set()
+    for file in (ROOT / "kernels").glob("qlora*.py"):
+        written |= set(re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.M))
+    for architecture in ARCHITECTURES:
+        assert {r["kernel"] for r in records if r["architecture"] == architecture} == written
+    names = {name for r in records for name in (r["case"], name_of(r), (r["case"], name_of(r)))}
+    assert {*GATES, *RARE_GATES} <= names
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"registers": 255}, "registers: 255 are more than 184"),
+        ({"shared": 200 * KB}, "shared: 204800 are more than 73728"),
+        ({"stack": 16}, "stack: 16 are more than 0"),
+        ({"instructions": {"HMMA.16816.F32": 8, "LDGSTS.E.BYPASS.128": 8}}, r"no STG\S*\.128"),
+        ({"architecture": "sm90"}, "no HGMMA"),
+    ],
+)
+def test_a_gate_closes(change, fault):
+    instructions = {"HMMA.16816.F32": 8, "LDGSTS.E.BYPASS.128": 8, "STG.E.128": 4}
+    record = {
+        "architecture": "sm80", "case": "nested, few rows", "kernel": "lora_bwd_kernel",
+        "switches": {}, "registers": 100, "shared": KB, "stack": 0, "instructions": instructions,
+    }  # fmt: skip
+    assert list(faults(record, gate_of(record))) == []
+    assert list(faults(record | change, gate_of(record))) == [fault]

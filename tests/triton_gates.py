@@ -1,0 +1,201 @@
+"""Compiles qlora's Triton kernels for GPUs that need not be there, and says what came out, in JSON.
+
+    python tests/triton_gates.py
+
+A process of its own: what Triton's interpreter has decorated cannot be compiled. The launchers are
+called on tensors that have no memory, and each launch is compiled with the arguments and the tile
+that it would have had: what is gated is what runs. A launcher that read a number from the device
+would fail here.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from peftkern.kernels import qlora, qlora_backward, qlora_paths
+
+ARCHITECTURES = {"sm80": 80, "sm90": 90, "sm100": 100}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8",
+    torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+SIZE, RANK, BLOCK_SIZE, EXPERTS = 4096, 16, 64, 8
+FEW, MANY = 48, 4096  # rows: below every crossover of the table, and above
+
+
+def tensor(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def weight(format, experts=1, size=SIZE):
+    """Tensors and layout: nested NF4, plain NF4, int8 or dense bfloat16."""
+    lead, shape = [experts] * (experts > 1), (size, size)
+    blocks = -(-experts * size**2 // BLOCK_SIZE)
+    if format == "dense":
+        return [tensor(*lead, *shape, dtype=torch.bfloat16)], [experts, *shape, 0, 0]
+    if format == "int8":
+        return [tensor(*lead, *shape, dtype=torch.int8), tensor(*lead, size)], [
+            experts,
+            *shape,
+            0,
+            8,
+        ]
+    nested = [tensor(-(-blocks // 256)), tensor(256), tensor()] if format == "nested" else []
+    absmax = tensor(blocks, dtype=torch.uint8 if nested else torch.float32)
+    packed = tensor(experts * size**2 // 2, 1, dtype=torch.uint8)
+    return [packed, absmax, tensor(16), *nested], [experts, *shape, BLOCK_SIZE, 4]
+
+
+def step(format, dtype=torch.bfloat16, rows=FEW, experts=1, mixed=False, size=SIZE):
+    """Forward and backward of one linear: adapters in float32, dropout, everything trains."""
+    lead = [experts] * (experts > 1)
+    base, layout = weight(format, experts, size)
+    shapes = ([size], [RANK, size], [size, RANK])
+    bias, lora_a, lora_b = (tensor(*lead, *shape) for shape in shapes)
+    groups = [
+        tensor(experts + 1, dtype=torch.int64) if lead else None,
+        tensor(rows, dtype=torch.int32) if mixed else None,
+    ]
+    rest = [base, layout, bias, lora_a, lora_b, 2.0, 0.1, tensor(1, dtype=torch.int64), *groups]
+    x = tensor(rows, size, dtype=dtype)
+    y, down = qlora.linear(x, *rest)
+    qlora.linear_bwd(y, x, down, *rest, [True, format == "dense", True, True, True])
+
+
+def siblings():
+    bases = [weight("nested") for _ in range(3)]
+    tensors = [t for base, _ in bases for t in base]
+    layouts = [n for base, layout in bases for n in (len(base), *layout)]
+    lora = [[tensor(RANK, SIZE)] * 3, [tensor(SIZE, RANK)] * 3]
+    seeds = [tensor(1, dtype=torch.int64)] * 3
+    rest = [tensors, layouts, [None] * 3, *lora, [2.0] * 3, 0.1, seeds]
+    x = tensor(FEW, SIZE, dtype=torch.bfloat16)
+    found = qlora.siblings(x, *rest)
+    qlora.siblings_bwd(found[:3], x, found[3:], *rest, [True, *[False, True, True] * 3])
+
+
+def dense_experts():
+    """The gradient of their weights."""
+    grad, x = (tensor(MANY, SIZE, dtype=torch.bfloat16) for _ in range(2))
+    (experts,), _ = weight("dense", EXPERTS)
+    qlora_backward.grad_weight(grad, x, experts, tensor(EXPERTS + 1, dtype=torch.int64))
+
+
+def dequantize(format):
+    base, layout = weight(format)
+    qlora.dequantize(base, layout, tensor(SIZE, SIZE, dtype=torch.bfloat16))
+
+
+# On every architecture, each kernel in the ways it mostly runs.
+CASES = {
+    "nested, few rows": lambda: step("nested"),
+    "nested, many rows": lambda: step("nested", rows=MANY),
+    "int8, few rows": lambda: step("int8"),
+    "siblings": siblings,
+    "dense experts": dense_experts,
+    "dequantize nested": lambda: dequantize("nested"),
+    "dequantize int8": lambda: dequantize("int8"),
+}
+# The ways that are left, on one of them.
+RARE = "sm90"
+RARE_CASES = {
+    "plain, float32": lambda: step("plain", torch.float32),
+    "experts": lambda: step("dense", rows=MANY, experts=EXPERTS),
+    "mixed adapters": lambda: step("nested", experts=EXPERTS, mixed=True),
+    "uneven": lambda: step("nested", torch.float16, size=1001),
+}
+
+
+def typed(value, parameter):
+    """An argument's type as Triton names it, and whether it counts as a multiple of 16."""
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype], True  # as torch's allocator gives them
+    one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+    if parameter.is_constexpr or value is None or one:
+        return "constexpr", False
+    if isinstance(value, float):
+        return "fp32", False
+    fits = -(2**31) <= value < 2**31
+    return "i32" if fits else "i64", value % 16 == 0 and not parameter.do_not_specialize
+
+
+def source(kernel, args, kwargs):
+    """What a launch with these arguments compiles, its constants, and options of the compiler."""
+    given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    options = {name: given.pop(name) for name in kwargs if name not in kernel.arg_names}
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        many = isinstance(value, tuple)
+        types = []
+        for j, single in enumerate(value if many else [value]):
+            name, aligned = typed(single, parameter)
+            place = (i, j) if many else (i,)
+            types.append(name)
+            if name == "constexpr":
+                constants[place] = single
+            if aligned:
+                attributes[place] = [["tt.divisibility", 16]]
+        signature[parameter.name] = tuple(types) if many else types[0]
+    switches = {p.name: given[p.name] for p in kernel.params if p.is_constexpr}
+    return ASTSource(kernel, signature, constants, attributes), switches, options
+
+
+def facts(compiled):
+    """Registers, bytes of stack and of shared memory, how often each instruction is there."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP, "-sass", "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    sass = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", text, re.M)
+    return {
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "shared": compiled.metadata.shared,
+        "instructions": Counter(sass),
+    }
+
+
+def launches(architecture):
+    """What each case launches on such a GPU: (case, kernel, arguments, keyword arguments)."""
+    qlora_paths.architecture = lambda device: architecture
+    qlora_paths.multiprocessors = lambda device: 132
+    found = []
+    for case, run in (CASES | (RARE_CASES if architecture == RARE else {})).items():
+
+        def record(kernel, *args, grid, warmup, case=case, **kwargs):
+            found.append((case, kernel, args, kwargs))
+
+        JITFunction.run = record
+        run()
+    return found
+
+
+def main():
+    records, compiled = [], {}
+    for architecture, capability in ARCHITECTURES.items():
+        for case, kernel, args, kwargs in launches(architecture):
+            src, switches, options = source(kernel, args, kwargs)
+            key = (architecture, src.hash(), str(options))
+            if key not in compiled:
+                target = GPUTarget("cuda", capability, 32)
+                compiled[key] = facts(triton.compile(src, target=target, options=options))
+            names = {"architecture": architecture, "case": case, "kernel": kernel.__name__}
+            records.append({**names, "switches": switches, **compiled[key]})
+    print(json.dumps(records))
+
+
+if __name__ == "__main__":
+    main()
