@@ -19,7 +19,7 @@ from peftkern import _check, _native, _select
 # What these lack is better left to the kernels of bitsandbytes and torch than given to references.
 SERVED = frozenset(
     device
-    for device in ("cpu", "cuda")
+    for device in _native.KEYS
     if all(_native.serves(op, device) for op in ("qlora_linear", "qlora_linear_bwd"))
 )
 # What is read of a LoRA layer past its own methods, which take longer than the conditions do.

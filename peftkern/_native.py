@@ -1,7 +1,9 @@
 """Decides which kernel serves which device; nowhere else is that asked.
 
-Every op is defined here with its fake and its reference. C++ fills in the CPU's kernels when the
-compiled library is there; a device without a kernel runs the reference and says so once.
+Every op is defined here with its fake and its reference. The compiled library, where it is there,
+fills in the CPU's kernels, and those in CUDA where it was built with them and torch is built for
+CUDA too; Triton serves GPUs otherwise. A device without a kernel runs the reference and says so
+once.
 """
 
 from __future__ import annotations
@@ -12,35 +14,53 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
-from pathlib import Path
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, ClassVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-NAMESPACE = "peftkern"  # spelled once more, in csrc/common/binding.h
-ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
+from peftkern import _library
 
-references: dict[str, Callable[..., Any]] = {}  # of every op
-launchers: dict[str, Callable[..., Any]] = {}  # in Triton, of the ops that have one
-_triton: set[str] = set()
+NAMESPACE = "peftkern"  # spelled once more, in csrc/common/binding.h
+EMULATED = "peftkern_emulated"  # spelled once more, in csrc/common/cuda_binding.h
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
+KEYS = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}  # torch's, of the devices that kernels serve
+GPUS = ("cuda", "xpu")
+
+Functions = dict[str, Callable[..., Any]]
+references: Functions = {}  # of every op
+launchers: Functions = {}  # in Triton, of the ops that have one
+emulated: Functions = {}  # in CUDA and run on the host, of the ops that have one, for tests
+_devices: dict[str, tuple[str, ...]] = {}  # of every op, those that call it
+_triton: set[tuple[str, str]] = set()  # op and device
 _warned: set[tuple[str, str]] = set()
 
 
-def define(schema: str, fake: Callable[..., Any], reference: Callable[..., Any]) -> Any:
+def define(
+    schema: str,
+    fake: Callable[..., Any],
+    reference: Callable[..., Any],
+    devices: tuple[str, ...] = tuple(KEYS),
+) -> Any:
     """Defines one op and returns the callable that dispatches to it.
 
     Args:
         schema: `name(arguments) -> returns` in torch's language, without the namespace.
         fake: computes shapes and dtypes alone.
         reference: the op in plain torch, with the same arguments; serves what has no kernel.
+        devices: where it is called at all; a step within other ops may be one of GPUs alone.
     """
     name = schema.split("(", 1)[0]
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema.removeprefix(name))
     torch.library.register_fake(qualified, fake)
     torch.library.impl(qualified, "CompositeExplicitAutograd", _announced(name, reference))
-    references[name] = reference
+    references[name], _devices[name] = reference, devices
+    if _emulated_loaded:
+        torch.library.define(f"{EMULATED}::{name}", schema.removeprefix(name))
+    if _emulated_loaded and _has_kernel(f"{EMULATED}::{name}", "CPU"):
+        emulated[name] = getattr(getattr(torch.ops, EMULATED), name).default
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
@@ -58,28 +78,75 @@ def compose(schema: str, fake: Callable[..., Any], function: Callable[..., Any])
 
 
 def register_triton(family: str, verb: str) -> None:
-    """Lets the launcher `peftkern.kernels.<family>.<verb>` serve GPUs where C++ does not."""
+    """Lets the launcher `peftkern.kernels.<family>.<verb>` serve GPUs where C++ does not, or where
+    PEFTKERN_TRITON=1 asks for it."""
 
     def launch(*args: Any) -> Any:
         return getattr(import_module(f"peftkern.kernels.{family}"), verb)(*args)
 
     name = f"{family}_{verb}"
     launchers[name] = launch
-    if not _has_kernel(f"{NAMESPACE}::{name}", "CUDA"):
-        torch.library.impl(f"{NAMESPACE}::{name}", "CUDA", launch)
-        _triton.add(name)
+    if find_spec("triton") is None:
+        return
+    for device in GPUS:
+        if _has_kernel(f"{NAMESPACE}::{name}", KEYS[device]) and not _triton_is_asked_for():
+            continue
+        vendor = _unmeasured_vendor(device)
+        function = _told_of(vendor, launch) if vendor else launch
+        with warnings.catch_warnings():  # torch tells of each kernel that another one replaces
+            warnings.simplefilter("ignore")
+            _overrides.impl(name, function, KEYS[device], allow_override=True)  # type: ignore[no-untyped-call]
+        _triton.add((name, device))
+
+
+def _triton_is_asked_for() -> bool:
+    return os.environ.get("PEFTKERN_TRITON") == "1"
+
+
+def _unmeasured_vendor(device: str) -> str | None:
+    """Whose GPUs these are, where nobody has run our kernels on them; torch calls AMD's cuda."""
+    if device == "xpu":
+        return "Intel"
+    return "AMD" if torch.version.hip else None
+
+
+def _told_of(vendor: str, launch: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(launch)
+    def run(*args: Any) -> Any:
+        if ("triton", vendor) not in _warned:
+            _warned.add(("triton", vendor))
+            warnings.warn(
+                f"peftkern runs its Triton kernels on this GPU of {vendor}, where nobody has "
+                "measured them; `python -m peftkern --selftest` compares them with plain torch",
+                stacklevel=3,
+            )
+        return launch(*args)
+
+    return run
 
 
 class Instead(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is entered, ops run these functions, whatever kernels there are.
+    """While it is entered, ops run these functions, whatever kernels there are; and so do the ops
+    that those functions call.
 
     Args:
-        functions: `references`, `launchers`, or others, by the op's name.
+        functions: `references`, `launchers`, `emulated`, both of them, or others, by the op's name.
     """
+
+    entered: ClassVar[list[Instead]] = []
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.functions = functions
+
+    def __enter__(self) -> Instead:
+        Instead.entered.append(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        Instead.entered.pop()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -88,7 +155,10 @@ class Instead(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         chosen = self.functions.get(func._opname) if func.namespace == NAMESPACE else None
-        return (chosen or func)(*args, **(kwargs or {}))
+        if chosen is None:
+            return func(*args, **(kwargs or {}))
+        with self:
+            return chosen(*args, **(kwargs or {}))
 
 
 def _has_kernel(op: str, key: str) -> bool:
@@ -96,9 +166,11 @@ def _has_kernel(op: str, key: str) -> bool:
 
 
 def serves(op: str, device: str) -> bool:
-    """Whether a kernel runs there, and not the op's reference."""
-    triton = device == "cuda" and op in _triton
-    return triton or _has_kernel(f"{NAMESPACE}::{op}", device.upper())
+    """Whether a kernel runs there now, and not the op's reference."""
+    for mode in reversed(Instead.entered):
+        if op in mode.functions:
+            return mode.functions is not references
+    return device in KEYS and _kernel(op, device) != "reference"
 
 
 def _announced(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,18 +196,20 @@ def _device_of(args: tuple[Any, ...]) -> str:
 
 
 def kernels() -> dict[str, dict[str, str]]:
-    """For every op, which kernel serves which device."""
-    devices = {"cpu": "CPU"} | ({"cuda": "CUDA"} if torch.cuda.is_available() else {})
+    """For every op, which kernel serves which of this machine's devices that call it."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "xpu": torch.xpu.is_available()}
     return {
-        op: {device: _kernel(op, device, key) for device, key in devices.items()}
-        for op in references
+        op: {device: _kernel(op, device) for device in devices if there[device]}
+        for op, devices in _devices.items()
     }
 
 
-def _kernel(op: str, device: str, key: str) -> str:
-    if device == "cuda" and op in _triton:
+def _kernel(op: str, device: str) -> str:
+    if (op, device) in _triton:
         return "Triton"
-    return "C++" if _has_kernel(f"{NAMESPACE}::{op}", key) else "reference"
+    if not _has_kernel(f"{NAMESPACE}::{op}", KEYS[device]):
+        return "reference"
+    return "C++" if device == "cpu" else "CUDA"
 
 
 def isa() -> str:
@@ -167,31 +241,14 @@ def using_isa(name: str) -> Iterator[None]:
         use_isa(before)
 
 
-def _load() -> bool:
-    # Another build of the same library, such as one with sanitizers, may stand in.
-    chosen = os.environ.get("PEFTKERN_LIBRARY")
-    library = Path(chosen) if chosen else Path(__file__).parent / "_ops.so"
-    if not library.exists():
-        if chosen:
-            raise ImportError(f"PEFTKERN_LIBRARY must name a file, got {chosen}")
-        return False
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
-        raise ImportError(f"torch must be 2.11 or newer for peftkern, got {torch.__version__}")
-    try:
-        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
-    except OSError as error:  # the loader's own words fill a page and name no remedy
-        reason = str(error.__cause__ or error).splitlines()[0].removeprefix(f"{library}: ")
-        raise ImportError(
-            f"{library} must be built for this machine and this torch ({torch.__version__}), got "
-            f"'{reason}': build peftkern again, from its source"
-        ) from None
-    return True
-
-
 torch.library.define(f"{NAMESPACE}::isa", "() -> int")
 torch.library.define(f"{NAMESPACE}::best_isa", "() -> int")
 torch.library.define(f"{NAMESPACE}::use_isa", "(int isa) -> ()")
 torch.library.define(f"{NAMESPACE}::poison", "(bool on) -> ()")
-loaded = _load()
+_overrides = torch.library.Library(NAMESPACE, "IMPL")  # type: ignore[no-untyped-call]
+loaded = _library.load("PEFTKERN_LIBRARY", "_ops.so")
+_emulated_loaded = _library.load("PEFTKERN_EMULATED_LIBRARY", "_emulated.so")
+if _emulated_loaded:
+    torch.library.define(f"{EMULATED}::poison", "(bool on) -> ()")
 if loaded and (forced := os.environ.get("PEFTKERN_ISA")):
     use_isa(forced)

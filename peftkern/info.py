@@ -53,7 +53,7 @@ class Info:
         width = max(map(len, self.kernels), default=0)
         for op, kernels in self.kernels.items():
             served = ", ".join(f"{device}: {kernel}" for device, kernel in kernels.items())
-            lines.append(f"{op:{width}}  {served}")
+            lines.append(f"{op:{width}}  {served or 'called on GPUs alone'}")
         return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -30,32 +30,44 @@ class Place:
         device: their tensors lie there.
         isa: the instruction set, or a GPU's architecture.
         entered: makes it so while a case runs.
-        interpreted: Triton's launchers stand in for the kernels, in Triton's interpreter.
+        stands_in: what takes the kernels' place: Triton's launchers in its interpreter, or CUDA's
+            kernels in our emulator; None where kernels run as they are.
     """
 
     device: torch.device
     isa: str
     entered: Callable[[], AbstractContextManager[object]]
-    interpreted: bool = False
+    stands_in: str | None = None
 
     def served_by(self, case: Case) -> str:
-        if self.interpreted:
-            return "Triton, interpreted"
+        if self.stands_in:
+            return self.stands_in
         kernels = _native.kernels()
         found = (kernels[op][self.device.type] for op in case.ops)
         return " + ".join(dict.fromkeys(found)).replace("reference", "plain torch")
 
     def takes(self, case: Case) -> bool:
-        return not self.interpreted or _native.launchers.keys() >= set(case.ops)
+        if self.stands_in:
+            return STAND_INS[self.stands_in].keys() >= set(case.ops)
+        kernels = _native.kernels()
+        return all(self.device.type in kernels[op] for op in case.ops)
+
+
+# What can be tested of a GPU's kernels on a machine that has none.
+STAND_INS: dict[str, Mapping[str, Callable[..., object]]] = {
+    "Triton, interpreted": _native.launchers,
+    "CUDA, emulated": _native.emulated,
+}
 
 
 def places() -> list[Place]:
     cpu = torch.device("cpu")
     found = [Place(cpu, i, partial(_native.using_isa, i)) for i in _native.available_isas()]
     found = found or [Place(cpu, "none", nullcontext)]
-    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
-        launchers = partial(_native.Instead, _native.launchers)
-        found.append(Place(cpu, "none", launchers, interpreted=True))
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
+    for name, functions in STAND_INS.items():
+        if functions and (functions is not _native.launchers or interpreted):
+            found.append(Place(cpu, "none", partial(_native.Instead, functions), name))
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
         found.append(Place(torch.device("cuda", i), f"sm_{major}{minor}", nullcontext))

@@ -38,6 +38,8 @@ def cases(device: torch.device) -> Iterator[Case]:
             words = f"{base} {str(dtype).removeprefix('torch.')}"
             yield case(STEP, f"qlora.linear {words}", _linear, base, dtype)
             yield case(STEP, f"qlora.expert_linear {words}", _expert_linear, base, dtype)
+            if base != "dense":
+                yield case(("qlora_decode",), f"qlora_decode {words}", _decode, base, dtype)
     for dtype in (torch.float32, torch.bfloat16):
         words = f"qlora siblings {str(dtype).removeprefix('torch.')}"
         yield case(("qlora_siblings", "qlora_siblings_bwd"), words, _siblings, dtype)
@@ -75,6 +77,24 @@ def _expert_linear(base: str, dtype: torch.dtype, device: torch.device) -> Itera
         adapter = torch.arange(rows, dtype=torch.int32) % (EXPERTS + 1) - 1
         operands = _operands(rows, dtype, EXPERTS)
         yield from _judge_step(*functions, (offsets, adapter), weight, operands, device)
+
+
+def _decode(base: str, dtype: torch.dtype, device: torch.device) -> Iterator[Verdict]:
+    """What linear calls for few rows on a GPU; rows of 96 share blocks of 64, rows of 192 none."""
+    for rows, inputs in ((1, INPUTS), (16, 2 * INPUTS)):
+        weight = _quantized(base, _random(1, OUTPUTS, inputs), _nestings(base)[-1])
+        shapes = ([rows, inputs], [OUTPUTS], [OUTPUTS, RANK])
+        x, bias, b = (_random(seed, *shape).to(dtype) for seed, shape in enumerate(shapes, 2))
+        down = _random(5, rows, RANK)
+        there, *others = (t.to(device) for t in (x, bias, down, b))
+        y = torch.ops.peftkern.qlora_decode(
+            there, weight.to(device).buffers, weight.layout, *others, SCALE
+        )
+        yield from judge([y], _plain_decode, x, _dense(weight), bias, down, b)
+
+
+def _plain_decode(x: Tensor, weight: Tensor, bias: Tensor, down: Tensor, b: Tensor) -> list[Tensor]:
+    return [reference.linear(x, weight, bias) + SCALE * (down.to(x.dtype) @ b.t())]
 
 
 def _siblings(dtype: torch.dtype, device: torch.device) -> Iterator[Verdict]:

@@ -42,6 +42,17 @@ def linear(
     return y.view(*x.shape[:-1], layout[1]), down
 
 
+def decode(
+    x: Tensor, weight: Sequence[Tensor], layout: Sequence[int], bias: Tensor | None,
+    down: Tensor | None, lora_b: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    y = reference.linear(x, dense(weight, layout)[0], None if bias is None else bias.view(-1))
+    if down is not None and lora_b is not None:
+        up = lora_b.view(layout[1], down.shape[-1]).to(x.dtype)
+        y += scale * (down.to(x.dtype) @ up.t())
+    return y
+
+
 def linear_bwd(
     grad: Tensor, x: Tensor | None, down: Tensor, weight: Sequence[Tensor], layout: Sequence[int],
     bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, scale: float,

@@ -52,6 +52,15 @@ _linear_bwd_op = _native.define(
     _fake_linear_bwd,
     fallback.linear_bwd,
 )
+# What linear's launcher calls on a GPU for few rows (at most 16) of one expert: `down` [rows, r] is
+# D(x) A^T, in float32 and without the scale; bias, lora_b and x may differ in dtype.
+_native.define(
+    "qlora_decode(Tensor x, Tensor[] weight, int[] layout, Tensor? bias, Tensor? down, "
+    "Tensor? lora_b, float scale) -> Tensor",
+    lambda x, weight, layout, *rest: x.new_empty(*x.shape[:-1], layout[1]),
+    fallback.decode,
+    devices=("cuda",),
+)
 
 
 _Fixed = tuple[list[Tensor], list[int], float, float, Tensor | None, Tensor | None, Tensor | None]
