@@ -19,7 +19,7 @@ from torch import Tensor
 from peftkern import qlora
 from peftkern.qlora import reference
 
-from . import peers
+from . import peers, qlora_gpu
 from .check import Inputs
 from .floors import Work
 from .harness import Contender, measure
@@ -46,8 +46,8 @@ INT8_ROWS = tuple(
     for count, rows in ((1, "1 row"), (512, "512 rows"))
 )
 IN_BF16 = (
-    Case("bf16 4096 x 4096, 1 row", 4096, 4096, 1),
-    Case("bf16 4096 x 4096, 512 rows", 4096, 4096, 512),
+    Case("bf16 4096 x 4096, 1 row", 4096, 4096, 1, dtype=torch.bfloat16),
+    Case("bf16 4096 x 4096, 512 rows", 4096, 4096, 512, dtype=torch.bfloat16),
 )
 STORE = (Case("4096 x 4096", 4096, 4096, 1),)
 
@@ -96,13 +96,9 @@ def in_bf16(quick: bool) -> Iterator[Row]:
         "bitsandbytes, repacked": Contender(rounded(peers.bitsandbytes_repacked), BF16, 2e-2),
     }
     for case in IN_BF16:
-        inputs = sets(case, quick, (case.rows, case.inputs))
-        live = [tuple(t.bfloat16() for t in s.live) for s in inputs]
         yield from measure(
-            "qlora", "linear", case.name, contenders,
-            [replace(s, live=x) for s, x in zip(inputs, live, strict=True)],
-            lambda weight, x: plain(x, weight), baseline="peftkern",
-            work=replace(case.work(), dtype=torch.bfloat16), quick=quick,
+            "qlora", "linear", case.name, contenders, sets(case, quick, (case.rows, case.inputs)),
+            lambda weight, x: plain(x, weight), baseline="peftkern", work=case.work(), quick=quick,
         )  # fmt: skip
 
 
@@ -211,7 +207,9 @@ def _decode(
 
 def rows(device: str = "cpu", quick: bool = False) -> Iterator[Row]:
     if torch.device(device).type != "cpu":
-        raise ValueError(f"device must be cpu for qlora's benchmarks, got {device}")
+        for job in qlora_gpu.jobs(device, quick).values():
+            yield from job()
+        return
     parts = (
         decode, in_bf16, other_formats, decode_lora, input_gradients, training, training_dora, qkv,
         quantizing, dequantizing,

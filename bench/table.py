@@ -17,7 +17,7 @@ from .row import Row
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 HEADINGS = (
     "contender", "p50 ms", "p20 to p80", "time / baseline", "peak MiB", "rate", "of floor",
-    "error", "ops", "allocations", "note",
+    "graph ms", "host µs", "error", "ops", "allocations", "note",
 )  # fmt: skip
 
 
@@ -43,6 +43,8 @@ def cells(row: Row) -> tuple[str, ...]:
         "" if row.peak_mib is None else f"{row.peak_mib:.1f}",
         "" if row.rate is None else f"{row.rate:.4g} {row.unit}",
         "" if row.share is None else f"{row.share:.0%} {row.floor}",
+        f"{row.facts['graph_ms']:.4g}" if "graph_ms" in row.facts else row.facts.get("graph", ""),
+        f"{row.facts['host_us']:.1f}" if "host_us" in row.facts else "",
         "" if row.error is None else f"{row.error:.1e}",
         "" if row.dispatched is None else str(row.dispatched),
         "" if row.allocations is None else str(row.allocations),
