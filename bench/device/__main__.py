@@ -1,9 +1,9 @@
 """One command on a machine with a GPU and no network: builds, tests, looks for races and stray
 accesses, searches tiles, measures against the peers, and writes one results file to commit.
 
-Parts run one after the other, and one that fails stops no other. What has finished is marked in
-its state (--state), so a second call goes on where the first was stopped, within the benchmark too; after
-a change of the sources it begins anew. Where $OUT is set, results and logs are copied there.
+Parts run one after the other, and one that fails stops no other. What has finished is marked in the
+folder of --state, so a second call goes on where the first was stopped, within the benchmark too;
+after a change of the sources it begins anew. Where $OUT is set, results and logs are copied there.
 
 Exit status: 0, 1 (a part failed), 2 (the arguments were wrong, or there is no GPU), 3 (time was up:
 call again).
