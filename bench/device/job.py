@@ -20,7 +20,7 @@ SOURCES = (
     "CMakeLists.txt", "setup.py", "pyproject.toml", "csrc", "kernels", "peftkern", "tests", "bench",
 )  # fmt: skip
 SUFFIXES = {".py", ".sh", ".h", ".cpp", ".cu", ".txt", ".toml"}
-KEPT = ("results.json", "table.txt", "tiles.txt")
+KEPT = ("results.json", "table.txt", "tiles.txt", "tiles.json")
 RESERVE = 20  # seconds for the last part, which writes down what there is
 STATUS = {"done": 0, "passed over": 0, "failed": 1}
 TIME_IS_UP = 3
