@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern import _native
+from peftkern.kernels import qlora_panels as panels
+from peftkern.kernels import qlora_paths as paths
+from peftkern.kernels.qlora_forward import lora_down
+from peftkern.kernels.qlora_gemm import gemm
+from peftkern.kernels.qlora_tiles import decode_scales, narrow
+from peftkern.qlora import fallback
+
 # Elements a program decodes. One byte in, up to 16 out: any size that fills a GPU will do.
 BLOCK_ELEMENTS = 2048
-NESTED_BLOCK = 256
 
 
 @triton.jit
@@ -25,7 +33,6 @@ def _dequantize_kernel(
     count,
     block_size,
     NESTED: tl.constexpr,
-    NESTED_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -33,13 +40,11 @@ def _dequantize_kernel(
     byte = tl.load(packed_ptr + element // 2, mask=mask, other=0).to(tl.int32)
     code = tl.where(element % 2 == 0, byte >> 4, byte & 15)
     block = element // block_size
-    scale = tl.load(absmax_ptr + block, mask=mask, other=0)
-    if NESTED:
-        scale = tl.load(nested_map_ptr + scale.to(tl.int32))
-        scale *= tl.load(nested_absmax_ptr + block // NESTED_BLOCK, mask=mask, other=0)
-        scale += tl.load(nested_offset_ptr)
+    scale = decode_scales(
+        block, mask, absmax_ptr, nested_absmax_ptr, nested_map_ptr, nested_offset_ptr, NESTED
+    )
     value = tl.load(codebook_ptr + code) * scale
-    tl.store(out_ptr + element, value.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + element, narrow(value, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -56,7 +61,7 @@ def _dequantize_rows_kernel(
     code = tl.load(codes_ptr + element, mask=mask, other=0).to(tl.float32)
     # A division that rounds to nearest, as everywhere else; `/` is off by an ulp on a GPU.
     scale = tl.div_rn(tl.load(absmax_ptr + element // columns, mask=mask, other=0), 127.0)
-    tl.store(out_ptr + element, (code * scale).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + element, narrow(code * scale, out_ptr.dtype.element_ty), mask=mask)
 
 
 def dequantize(weight: Sequence[Tensor], layout: Sequence[int], out: Tensor) -> None:
@@ -79,8 +84,34 @@ def dequantize(weight: Sequence[Tensor], layout: Sequence[int], out: Tensor) -> 
         count,
         block_size,
         NESTED=bool(nested),
-        NESTED_BLOCK=NESTED_BLOCK,
         BLOCK=BLOCK_ELEMENTS,
         # A nested scale is a product and a sum, rounded twice as everywhere else.
         enable_fp_fusion=False,
     )
+
+
+def linear(
+    x: Tensor, weight: Sequence[Tensor], layout: Sequence[int], bias: Tensor | None,
+    lora_a: Tensor | None, lora_b: Tensor | None, scale: float, dropout: float,
+    seed: Tensor | None, offsets: Tensor | None, adapter: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if x.dtype == torch.float64:
+        return fallback.linear(
+            x, weight, layout, bias, lora_a, lora_b, scale, dropout, seed, offsets, adapter
+        )
+    flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    experts, outputs, _, _, bits = layout
+    if lora_a is None:
+        low, down = None, flat.new_empty(len(flat), 0, dtype=torch.float32)
+    else:
+        low = down = lora_down(flat, lora_a, dropout, seed, offsets, adapter)
+    # The kernel for few rows knows one adapter alone.
+    decodes = adapter is None and _native.serves("qlora_decode", x.device.type)
+    path, _ = paths.choose(x.device, x.dtype, len(flat), experts, bits, decodes)
+    if path == "decode":
+        y = torch.ops.peftkern.qlora_decode(flat, weight, layout, bias, low, lora_b, scale)
+    else:
+        y = flat.new_empty(len(flat), outputs)
+        product = gemm if path == "gemm" else panels.linear
+        product(flat, weight, layout, y, bias, low, lora_b, scale, offsets, adapter)
+    return y.view(*x.shape[:-1], outputs), down

@@ -5,8 +5,11 @@ Forward and backward decode by the same function, so that both see the same weig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 NESTED_BLOCK = tl.constexpr(256)
 # The interpreter multiplies bfloat16 as if its bits were integers, and cuts off where a GPU rounds:
@@ -19,8 +22,8 @@ def narrow(value, dtype: tl.constexpr):
     """float32, rounded to the nearest number of this dtype."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
+        rounded = tl.where(value == value, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)
+        return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return value.to(dtype)
 
 
@@ -196,3 +199,16 @@ def row_tiles(rows: int, experts: int, block: int) -> int:
     """How many tiles of so many rows there may be; where they lie is known on the device alone."""
     filled = min(experts, rows)  # each with one row at least
     return (rows - filled) // block + filled
+
+
+def decode_arguments(weight: Sequence[Tensor]) -> list[Tensor | None]:
+    """A weight's tensors as `decode_tile` takes them: six, None for what the format lacks."""
+    return [*weight, *[None] * (6 - len(weight))]
+
+
+def dropout_limit(p: float) -> int | None:
+    """What `keep_tile` takes as its threshold; None where everything is dropped."""
+    limit = round(p * 2**32)
+    if limit == 2**32:
+        return None
+    return limit - 2**32 if limit >= 2**31 else limit

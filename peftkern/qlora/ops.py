@@ -45,6 +45,7 @@ _linear_op = _native.define(
     _fake_linear,
     fallback.linear,
 )
+_native.register_triton("qlora", "linear")
 _linear_bwd_op = _native.define(
     "qlora_linear_bwd(Tensor grad, Tensor? x, Tensor down, Tensor[] weight, int[] layout, "
     "Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scale, float dropout, Tensor? seed, "
