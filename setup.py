@@ -22,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 OLDEST_TORCH = (2, 11)
 NEED_TORCH = "torch>=2.11"
+TOOLKIT = "/usr/local/cuda"
 GB_PER_JOB = 2  # what the compiler takes for the largest of our files, with room to spare
 
 
@@ -84,6 +85,22 @@ def need_compiler():
             else "a C++20 compiler must be in PATH, got none: apt-get install g++, "
             "dnf install gcc-c++, or name yours in CXX"
         )
+
+
+def need_toolkit():
+    """PEFTKERN_CUDA; CMake looks for the toolkit itself (csrc/toolkit.cmake)."""
+    chosen = os.environ.get("PEFTKERN_CUDA") or "auto"
+    if chosen not in ("on", "off", "auto"):
+        fail(f"PEFTKERN_CUDA must be on, off or auto, got {chosen}")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), TOOLKIT]
+    folders = [os.path.join(home, "bin") for home in homes if home]
+    path = os.pathsep.join([*folders, os.environ.get("PATH", os.defpath)])
+    if chosen == "on" and not shutil.which("nvcc", path=path):
+        fail(
+            f"nvcc must be in CUDA_HOME, PATH or {TOOLKIT} where PEFTKERN_CUDA is on, got none: "
+            "install NVIDIA's CUDA toolkit, 12.0 or newer"
+        )
+    return chosen
 
 
 def need_python_headers():
@@ -156,6 +173,7 @@ class CMakeBuild(build_ext):
         """One run of CMake makes every extension; they all lie in the same folder."""
         torch = need_torch()
         need_compiler()
+        cuda = need_toolkit()
         need_python_headers()
         need_pybind11()
         cmake, ninja = need_tool("cmake", "CMAKE_BIN_DIR"), need_tool("ninja", "BIN_DIR")
@@ -168,6 +186,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPEFTKERN_TORCH={torch}",
             f"-DPEFTKERN_OUTPUT={output}",
+            f"-DPEFTKERN_CUDA={cuda}",
             f"-DPEFTKERN_VERSION={self.distribution.get_version()}",
             f"-DPython_EXECUTABLE={sys.executable}",
         )  # fmt: skip

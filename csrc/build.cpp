@@ -7,4 +7,6 @@ PYBIND11_MODULE(_build, m) {
   m.attr("compiler") = PEFTKERN_COMPILER;
   m.attr("torch") = PEFTKERN_TORCH;
   m.attr("isas") = PEFTKERN_ISAS;
+  m.attr("cuda") = PEFTKERN_CUDA;
+  m.attr("architectures") = PEFTKERN_ARCHITECTURES;
 }

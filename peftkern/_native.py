@@ -166,11 +166,16 @@ def _has_kernel(op: str, key: str) -> bool:
 
 
 def serves(op: str, device: str) -> bool:
-    """Whether a kernel runs there now, and not the op's reference."""
+    """Whether a kernel runs there now, and not the op's reference.
+
+    PEFTKERN_TRITON=1 rules out what launchers in Triton call in CUDA: they have a way of their own.
+    """
     for mode in reversed(Instead.entered):
         if op in mode.functions:
             return mode.functions is not references
-    return device in KEYS and _kernel(op, device) != "reference"
+    if device not in _devices[op] or (_devices[op] == ("cuda",) and _triton_is_asked_for()):
+        return False
+    return _kernel(op, device) != "reference"
 
 
 def _announced(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:

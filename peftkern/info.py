@@ -11,7 +11,8 @@ import torch
 
 from peftkern import _native
 
-BUILD_FACTS = ("version", "commit", "compiler", "torch", "isas")
+SHOWN = ("commit", "compiler", "torch", "isas")  # in one line
+BUILD_FACTS = ("version", *SHOWN, "cuda", "architectures")
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,14 @@ class Info:
 
     Args:
         version: of peftkern, or "unknown" where it runs uninstalled from its sources.
-        build: facts of the compiled library (commit, compiler, torch, isas); empty without one.
+        build: facts of the compiled library (commit, compiler, torch, isas, cuda: nvcc's version or
+            "none", and its architectures); empty without one.
         python: its version and the platform.
         torch: the version that runs.
         devices: the CPU's threads, and every GPU by name.
         isa: the instruction set that the CPU kernels use, "none" without a compiled library.
         available_isas: those that build and CPU both have.
-        kernels: for every op and device, "C++", "Triton" or "reference" (plain torch).
+        kernels: for every op and device, "C++", "CUDA", "Triton" or "reference" (plain torch).
     """
 
     version: str
@@ -39,15 +41,18 @@ class Info:
     kernels: dict[str, dict[str, str]]
 
     def __str__(self) -> str:
-        build = ", ".join(f"{name} {value}" for name, value in self.build.items())
+        build = ", ".join(f"{name} {fact}" for name, fact in self.build.items() if name in SHOWN)
         isas = ", ".join(self.available_isas) or "none"
+        if self.isa == "none":
+            build = "no compiled library: every op runs its reference"
         lines = [
             f"peftkern {self.version}",
-            f"build    {build or 'no compiled library: every op runs its reference'}",
+            f"build    {build or 'made for another Python, whose facts cannot be read'}",
             f"python   {self.python}",
             f"torch    {self.torch}",
             *(f"{device:8} {facts}" for device, facts in self.devices.items()),
             f"isa      {self.isa} (available: {isas})",
+            f"cuda     {self._cuda()}",
             "",
         ]
         width = max(map(len, self.kernels), default=0)
@@ -55,6 +60,15 @@ class Info:
             served = ", ".join(f"{device}: {kernel}" for device, kernel in kernels.items())
             lines.append(f"{op:{width}}  {served or 'called on GPUs alone'}")
         return "\n".join(lines)
+
+    def _cuda(self) -> str:
+        version = self.build.get("cuda")
+        if self.isa == "none" or version == "none":
+            return "no kernels in this build"
+        if version is None:
+            return "not known"
+        kernels = f"kernels for {self.build['architectures']} by nvcc {version}"
+        return kernels if torch.version.cuda else f"{kernels}, which this torch has no use for"
 
 
 def info() -> Info:
@@ -84,7 +98,7 @@ def _build_facts() -> dict[str, str]:
         facts = importlib.import_module("peftkern._build")
     except ModuleNotFoundError:
         return {}
-    return {name: str(getattr(facts, name)) for name in BUILD_FACTS}
+    return {name: fact for name in BUILD_FACTS if (fact := getattr(facts, name, ""))}
 
 
 def _installed_version() -> str:
@@ -102,4 +116,6 @@ def _devices() -> dict[str, str]:
         devices[f"cuda:{i}"] = (
             f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"
         )
+    for i in range(torch.xpu.device_count()):
+        devices[f"xpu:{i}"] = torch.xpu.get_device_name(i)
     return devices

@@ -21,7 +21,7 @@ SOURCES = [
     "CMakeLists.txt", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md",
     "pyproject.toml", "setup.py", "peftkern/py.typed",
 ]  # fmt: skip
-SUFFIXES = {".py", ".h", ".cpp", ".cu"}
+SUFFIXES = {".py", ".h", ".cpp", ".cu", ".cmake"}
 
 
 def needs(*programs):

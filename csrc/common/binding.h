@@ -82,7 +82,8 @@ inline void ask_for_huge_pages(void* memory, int64_t bytes) {
 }
 
 // An uninitialised tensor. Through the shim: the dispatcher would take three times as long.
-inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
+inline Tensor allocate(const std::vector<int64_t>& shape, ScalarType dtype, int32_t device_type,
+                       int32_t device_index) {
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t d = shape.size(); d > 1; --d) {
     strides[d - 2] = strides[d - 1] * std::max<int64_t>(1, shape[d - 1]);
@@ -90,9 +91,13 @@ inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor tensor(handle);
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      device_index, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
+  Tensor tensor = allocate(shape, dtype, aoti_torch_device_type_cpu(), 0);
   if (tensor.numel()) {
     fresh(tensor.mutable_data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
   }

@@ -7,12 +7,18 @@
 #include <cstdint>
 
 #include "common/half.h"
+#if defined(PEFTKERN_EMULATED)
+#include "emulator/copies.h"
+#include "emulator/fragments.h"
+#include "emulator/shared.h"
+#endif
 
 namespace peftkern::ptx {
 
 // The block's dynamic shared memory, 16-byte aligned.
 __device__ inline void* dynamic_shared() {
 #if defined(PEFTKERN_EMULATED)
+  return emulator::dynamic_shared();
 #else
   extern __shared__ uint4 peftkern_dynamic_shared[];
   return peftkern_dynamic_shared;
@@ -30,6 +36,7 @@ __device__ inline uint32_t shared_address(const void* shared) {
 // addresses are multiples of 16.
 __device__ inline void cp_async_16(void* shared, const void* global, bool valid) {
 #if defined(PEFTKERN_EMULATED)
+  emulator::start_copy(shared, global, valid);
 #else
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(global), "r"(valid ? 16 : 0)
@@ -40,6 +47,7 @@ __device__ inline void cp_async_16(void* shared, const void* global, bool valid)
 // This thread's copies since the last commit become a group.
 __device__ inline void cp_async_commit() {
 #if defined(PEFTKERN_EMULATED)
+  emulator::commit_copies();
 #else
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
@@ -50,6 +58,7 @@ __device__ inline void cp_async_commit() {
 template <int kPending>
 __device__ inline void cp_async_wait() {
 #if defined(PEFTKERN_EMULATED)
+  emulator::wait_for_copies(kPending);
 #else
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #endif
@@ -60,6 +69,7 @@ __device__ inline void cp_async_wait() {
 // member + 1, the first in the low half.
 __device__ inline void ldmatrix_x4(uint32_t (&out)[4], const void* shared) {
 #if defined(PEFTKERN_EMULATED)
+  emulator::load_matrices(out, shared, 4, false);
 #else
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
@@ -71,6 +81,7 @@ __device__ inline void ldmatrix_x4(uint32_t (&out)[4], const void* shared) {
 // The same of their transposes: out[i] holds column `group`, rows 2 * member and 2 * member + 1.
 __device__ inline void ldmatrix_x4_trans(uint32_t (&out)[4], const void* shared) {
 #if defined(PEFTKERN_EMULATED)
+  emulator::load_matrices(out, shared, 4, true);
 #else
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
@@ -82,6 +93,7 @@ __device__ inline void ldmatrix_x4_trans(uint32_t (&out)[4], const void* shared)
 // Two matrices; the addresses of lanes 16 to 31 are not used.
 __device__ inline void ldmatrix_x2(uint32_t (&out)[2], const void* shared) {
 #if defined(PEFTKERN_EMULATED)
+  emulator::load_matrices(out, shared, 2, false);
 #else
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                : "=r"(out[0]), "=r"(out[1])
@@ -99,6 +111,7 @@ __device__ inline void ldmatrix_x2(uint32_t (&out)[2], const void* shared) {
 __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                     bf16) {
 #if defined(PEFTKERN_EMULATED)
+  emulator::multiply(d, a, b, emulator::from_bf16);
 #else
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -111,6 +124,7 @@ __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const
 __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                     fp16) {
 #if defined(PEFTKERN_EMULATED)
+  emulator::multiply(d, a, b, emulator::from_fp16);
 #else
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
@@ -123,6 +137,7 @@ __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const
 // Two numbers rounded to nearest, a tie to the even one; `low` in the low half.
 __device__ inline uint32_t pack_bf16x2(float low, float high) {
 #if defined(PEFTKERN_EMULATED)
+  return emulator::to_bf16(low) | static_cast<uint32_t>(emulator::to_bf16(high)) << 16;
 #else
   uint32_t out;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
@@ -132,6 +147,7 @@ __device__ inline uint32_t pack_bf16x2(float low, float high) {
 
 __device__ inline uint32_t pack_fp16x2(float low, float high) {
 #if defined(PEFTKERN_EMULATED)
+  return emulator::to_fp16(low) | static_cast<uint32_t>(emulator::to_fp16(high)) << 16;
 #else
   uint32_t out;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
@@ -141,6 +157,7 @@ __device__ inline uint32_t pack_fp16x2(float low, float high) {
 
 __device__ inline float to_float(fp16 value) {
 #if defined(PEFTKERN_EMULATED)
+  return emulator::from_fp16(value.bits);
 #else
   float out;
   asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(value.bits));
@@ -148,9 +165,21 @@ __device__ inline float to_float(fp16 value) {
 #endif
 }
 
+// (value & mask) | bits, in one instruction: left to itself, the compiler at times takes two.
+__device__ inline uint32_t and_or(uint32_t value, uint32_t mask, uint32_t bits) {
+#if defined(PEFTKERN_EMULATED)
+  return (value & mask) | bits;
+#else
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(out) : "r"(value), "r"(mask), "r"(bits));
+  return out;
+#endif
+}
+
 // What nobody reads again soon: it takes no room in the first-level cache.
 __device__ inline uint4 load_streaming(const uint4* global) {
 #if defined(PEFTKERN_EMULATED)
+  return *global;
 #else
   uint4 out;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"

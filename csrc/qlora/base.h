@@ -12,8 +12,6 @@ inline constexpr int64_t kPanelBytes = int64_t{16} << 20;
 // Of W, what is cut into panels.
 enum class Side { rows, columns };
 
-inline bool is_block_size(int64_t block) { return block >= 16 && (block & (block - 1)) == 0; }
-
 class Base {
  public:
   int64_t experts, rows, columns;

@@ -23,6 +23,9 @@
 namespace peftkern::qlora {
 
 inline constexpr int64_t kNestedBlock = 256;
+constexpr bool is_block_size(int64_t block) {
+  return block >= 16 && block <= 4096 && (block & (block - 1)) == 0;
+}
 // Rows of x that meet a decoded weight together; their vectors lie in turn.
 inline constexpr int64_t kGroup = 4;
 
