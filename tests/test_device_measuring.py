@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from toy import honest, race, sets, toy_rows
 
+from peftkern import _native
 from peftkern.bench import (
     collected,
+    drive,
     floors,
     gpu,
     harness,
@@ -242,3 +244,24 @@ def test_every_contender_of_the_gpu_cases_is_right(
     rows = list(qlora_gpu.jobs("cpu", quick=True)[name]())
     bad = {r.contender: f"{r.status}: {r.note}" for r in rows if r.status in ("wrong", "failed")}
     assert not bad
+
+
+@pytest.fixture
+def few_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drive, "SHAPES", ((3, 16),))
+    monkeypatch.setattr(drive, "WAYS", drive.WAYS[:2])
+    monkeypatch.setattr(drive, "ROWS", (1, 9))
+
+
+def test_every_op_that_a_cuda_kernel_serves_is_driven(few_ways: None) -> None:
+    with _native.Instead(_native.references):
+        assert drive.drive(CPU, ["qlora_dequantize", "qlora_decode"]) == []
+        assert drive.drive(CPU, ["qlora_new"]) == ["qlora_new must have a case, got none"]
+
+
+def test_a_kernel_that_is_wrong_under_the_sanitizer_is_told(few_ways: None) -> None:
+    def wrong(*args: object) -> Tensor:
+        return _native.references["qlora_decode"](*args) * 1.1
+
+    with _native.Instead({**_native.references, "qlora_decode": wrong}):
+        assert any(line.startswith("qlora_decode") for line in drive.drive(CPU, ["qlora_decode"]))

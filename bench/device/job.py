@@ -27,7 +27,11 @@ TIME_IS_UP = 3
 
 
 class Failed(Exception):
-    """Says what failed, in one line."""
+    """Says what failed, in one line; `text` is all that it printed."""
+
+    def __init__(self, reason: str, text: str = "") -> None:
+        super().__init__(reason)
+        self.text = text
 
 
 class PassedOver(Exception):
@@ -102,7 +106,7 @@ class Job:
             log.seek(begin)
             text = log.read()
         if status:
-            raise Failed((text.strip() or f"exit status {status}").splitlines()[-1])
+            raise Failed((text.strip() or f"exit status {status}").splitlines()[-1], text)
         return text
 
     def python(self, *arguments: object, **environment: str) -> str:
