@@ -107,7 +107,7 @@ def linear(
         low = down = lora_down(flat, lora_a, dropout, seed, offsets, adapter)
     # The kernel for few rows knows one adapter alone.
     decodes = adapter is None and _native.serves("qlora_decode", x.device.type)
-    path, _ = paths.choose(x.device, x.dtype, len(flat), experts, bits, decodes)
+    path = paths.choose(x.device, x.dtype, len(flat), experts, bits, decodes)
     if path == "decode":
         y = torch.ops.peftkern.qlora_decode(flat, weight, layout, bias, low, lora_b, scale)
     else:

@@ -74,13 +74,6 @@ TILES: dict[str, dict[str, Rows]] = {
 INTERPRETED = Tile(32, 32, 64, 4, 1, 1)
 
 
-class Choice(NamedTuple):
-    """A path, and in words where it comes from, for `explain`."""
-
-    path: str
-    reason: str
-
-
 _forced_path: str | None = None
 _forced_tile: Tile | None = None
 
@@ -105,27 +98,32 @@ def forced(path: str | None = None, tile: Tile | None = None) -> Iterator[None]:
 
 def choose(
     device: torch.device, dtype: torch.dtype, rows: int, experts: int, bits: int, decodes: bool
-) -> Choice:
+) -> str:
     """The path of a linear.
 
     Args:
         rows: of x, those of all experts.
         bits: of a code; 0: the weight is dense.
-        decodes: whether `qlora_decode` has a kernel for this device.
+        decodes: whether `qlora_decode` has a kernel for this device, and the call suits it.
     """
-    if bits == 0 and experts == 1:
-        return Choice("library", "the weight is dense")
     if experts > 1:
-        return Choice("gemm", "each row has an expert of its own")
+        return "gemm"  # where the rows of an expert lie is known on the device alone
+    if bits == 0:
+        return "library"
     if _forced_path is not None:
-        return Choice(_forced_path, "it was chosen")
+        return _forced_path
     if rows <= DECODE_ROWS and decodes:
-        return Choice("decode", f"rows up to {DECODE_ROWS} are bound by the weight's bytes")
+        return "decode"
+    return "gemm" if rows < crossover(device, dtype)[0] else "panels"
+
+
+def describe(device: torch.device, dtype: torch.dtype, bits: int, decodes: bool) -> str:
+    """The paths of a linear of one expert by its rows, and where that comes from, for `explain`."""
+    if bits == 0:
+        return "the library's product, since the weight is dense"
     limit, source = crossover(device, dtype)
-    few = rows < limit
-    return Choice(
-        "gemm" if few else "panels", f"{'below' if few else 'from'} {limit} rows, {source}"
-    )
+    few = f"decode up to {DECODE_ROWS} rows, " * decodes
+    return f"{few}gemm below {limit}, then panels ({source})"
 
 
 def crossover(device: torch.device, dtype: torch.dtype) -> tuple[int, str]:

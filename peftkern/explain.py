@@ -33,6 +33,8 @@ def explain(layer: nn.Module) -> str:
     lines = [f"{title}, {_text(weight)} on {device}", f"runs      peftkern.qlora, {_terms(layer)}"]
     for name, op in (("forward", "qlora_linear"), ("backward", "qlora_linear_bwd")):
         lines.append(f"{name:9} {op}: {_kernel(op, device)}")
+    if device in _native.GPUS and _native.serves("qlora_linear", device):
+        lines.append(f"paths     {_paths(weight)}")
     return "\n".join(lines)
 
 
@@ -93,3 +95,12 @@ def _kernel(op: str, device: str) -> str:
     isa, best = _native.isa(), _native.available_isas()[-1]
     slower = "" if isa == best else f", since it was chosen; {best} is there"
     return f"C++ ({isa}{slower})"
+
+
+def _paths(weight: Tensor | QuantizedWeight) -> str:
+    """Of a GPU: what the number of rows decides, and by whose measurement."""
+    from peftkern.kernels import qlora_paths  # of use on GPUs alone
+
+    bits = 0 if isinstance(weight, Tensor) else weight.format.bits
+    decodes = _native.serves("qlora_decode", weight.device.type)
+    return qlora_paths.describe(weight.device, weight.dtype, bits, decodes)

@@ -39,6 +39,20 @@ def test_a_slower_instruction_set_is_told_of():
     assert best in text
 
 
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        (None, "the library's product, since the weight is dense"),
+        ("nf4", "gemm below 128, then panels (a heuristic: nobody has measured the interpreter)"),
+    ],
+)
+@needs_kernels
+def test_on_a_gpu_the_paths_are_told_and_who_measured_them(base, words, monkeypatch):
+    monkeypatch.setattr(_native, "GPUS", ("cpu",))  # as far as explain can see
+    one = QLoRALinear.from_linear(nn.Linear(64, 24), r=4, base=base)
+    assert peftkern.explain(one).splitlines()[-1] == f"paths     {words}"
+
+
 @pytest.mark.parametrize("base", [None, "nf4"])
 def test_layers_of_our_own_are_explained_too(base):
     one = QLoRALinear.from_linear(nn.Linear(64, 24), r=4, base=base)

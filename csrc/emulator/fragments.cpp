@@ -135,6 +135,7 @@ uint16_t to_fp16(float value) {
   const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
   const double magnitude = std::fabs(static_cast<double>(value));
   if (magnitude >= 65520) return sign | 0x7C00;
+  if (magnitude == 0) return sign;
   int exponent;
   std::frexp(magnitude, &exponent);
   // Neighbours are 2^(exponent - 11) apart, and never less than 2^-24; a step beyond the last of an
