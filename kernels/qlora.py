@@ -41,7 +41,7 @@ def _dequantize_kernel(
     code = tl.where(element % 2 == 0, byte >> 4, byte & 15)
     block = element // block_size
     scale = decode_scales(
-        block, mask, absmax_ptr, nested_absmax_ptr, nested_map_ptr, nested_offset_ptr, NESTED
+        block, mask, absmax_ptr, nested_absmax_ptr, nested_map_ptr, nested_offset_ptr, NESTED, False
     )
     value = tl.load(codebook_ptr + code) * scale
     tl.store(out_ptr + element, narrow(value, out_ptr.dtype.element_ty), mask=mask)

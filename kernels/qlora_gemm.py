@@ -24,6 +24,7 @@ from peftkern.kernels.qlora_tiles import (
     dot,
     dropout_limit,
     keep_tile,
+    load,
     narrow,
     row_tiles,
     tile_adapters,
@@ -125,6 +126,7 @@ def gemm_kernel(
     BLOCK_SIZE: tl.constexpr,
     NESTED: tl.constexpr,
     ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,  # both terms and columns are multiples of their blocks
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -164,20 +166,20 @@ def gemm_kernel(
         begin = split * part
         for term in range(begin, tl.minimum(begin + part, terms), BLOCK_K):
             k = term + tl.arange(0, BLOCK_K)
-            here = inside[:, None] & (k < terms)[None, :]
-            x = tl.load(x_ptr + m[:, None] * terms + k[None, :], mask=here, other=0)
+            place = x_ptr + tl.minimum(m, stop - 1)[:, None] * terms + k[None, :]
+            x = load(place, k[None, :] < terms, EVEN)
             if OVER_ROWS:
                 w = decode_tile(
                     weight_ptr, absmax_ptr, codebook_ptr, nested_absmax_ptr, nested_map_ptr,
                     nested_offset_ptr, expert, term, start, rows, columns, dtype,
-                    BITS, BLOCK_SIZE, NESTED, ALIGNED, BLOCK_K, BLOCK_N,
+                    BITS, BLOCK_SIZE, NESTED, ALIGNED, EVEN, BLOCK_K, BLOCK_N,
                 )  # fmt: skip
                 sum = dot(x, w, sum)
             else:
                 w = decode_tile(
                     weight_ptr, absmax_ptr, codebook_ptr, nested_absmax_ptr, nested_map_ptr,
                     nested_offset_ptr, expert, start, term, rows, columns, dtype,
-                    BITS, BLOCK_SIZE, NESTED, ALIGNED, BLOCK_N, BLOCK_K,
+                    BITS, BLOCK_SIZE, NESTED, ALIGNED, EVEN, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
                 sum = dot(w, tl.trans(x), sum)
     if not OVER_ROWS:
@@ -247,6 +249,7 @@ def gemm(
         BLOCK_SIZE=block_size,
         NESTED=len(weight) > 3,
         ALIGNED=block_size == 0 or columns % block_size == 0,
+        EVEN=terms % tile.inner == 0 and (not over_rows or columns % tile.outputs == 0),
         BLOCK_M=tile.rows,
         BLOCK_N=tile.outputs,
         BLOCK_K=tile.inner,

@@ -44,6 +44,7 @@ def panel_kernel(
     BLOCK_SIZE: tl.constexpr,
     NESTED: tl.constexpr,
     ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -52,7 +53,7 @@ def panel_kernel(
     value = decode_tile(
         weight_ptr, absmax_ptr, codebook_ptr, nested_absmax_ptr, nested_map_ptr, nested_offset_ptr,
         tl.program_id(0) * 0, row + below, column + right, rows, columns, out_ptr.dtype.element_ty,
-        BITS, BLOCK_SIZE, NESTED, ALIGNED, BLOCK_N, BLOCK_K,
+        BITS, BLOCK_SIZE, NESTED, ALIGNED, EVEN, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     n, k = below + tl.arange(0, BLOCK_N), right + tl.arange(0, BLOCK_K)
     place = out_ptr + n.to(tl.int64)[:, None] * width + k[None, :]
@@ -136,6 +137,7 @@ def _decode(
         BLOCK_SIZE=block_size,
         NESTED=len(weight) > 3,
         ALIGNED=block_size == 0 or columns % block_size == 0,
+        EVEN=columns % BLOCK_K == 0,
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
         # A nested scale is a product and a sum, rounded twice as everywhere else.

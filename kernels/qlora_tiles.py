@@ -36,20 +36,30 @@ def dot(left, right, sum):
 
 
 @triton.jit
+def load(place, inside, EVEN: tl.constexpr):
+    """What lies there, or 0 where it is not inside; EVEN: all of it is."""
+    if EVEN:
+        return tl.load(place)
+    else:
+        return tl.load(place, mask=inside, other=0)
+
+
+@triton.jit
 def decode_scales(
     block,  # numbers of blocks, any shape, int64
-    mask,
+    inside,  # which of them there are
     absmax_ptr,  # [blocks] float32, or uint8 codes where the scales are nested
     nested_absmax_ptr,  # [ceil(blocks / 256)] float32
     nested_map_ptr,  # [256] float32
     nested_offset_ptr,  # [] float32
     NESTED: tl.constexpr,
+    EVEN: tl.constexpr,  # all of them are inside
 ):
     """absmax[block] in float32; a nested one is a product and a sum, each rounded."""
-    scale = tl.load(absmax_ptr + block, mask=mask, other=0)
+    scale = load(absmax_ptr + block, inside, EVEN)
     if NESTED:
         scale = tl.load(nested_map_ptr + scale.to(tl.int32))
-        scale *= tl.load(nested_absmax_ptr + block // NESTED_BLOCK, mask=mask, other=0)
+        scale *= load(nested_absmax_ptr + block // NESTED_BLOCK, inside, EVEN)
         scale += tl.load(nested_offset_ptr)
     return scale
 
@@ -72,53 +82,53 @@ def decode_tile(
     BLOCK_SIZE: tl.constexpr,  # weights that share a scale; 0: those of a row
     NESTED: tl.constexpr,
     ALIGNED: tl.constexpr,  # columns % BLOCK_SIZE == 0: no block, so no byte, belongs to two rows
+    EVEN: tl.constexpr,  # columns % BLOCK_K == 0: no tile reaches beyond the last column
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """W[expert, row : row + BLOCK_N, column : column + BLOCK_K] in this dtype, rounded once.
 
-    Beyond the edges stand finite numbers, which the other factor's zeros have to take out.
+    Beyond the last column stand finite numbers, which the other factor's zeros have to take out;
+    beyond the last row that row again, since a load without a mask costs fewer instructions.
     """
-    n = row + tl.arange(0, BLOCK_N)
-    k = column + tl.arange(0, BLOCK_K)
+    n = tl.minimum(row + tl.arange(0, BLOCK_N), rows - 1)
+    k = column + tl.arange(0, BLOCK_K)[None, :]
     first = (expert.to(tl.int64) * rows + n)[:, None]  # counted over all experts
-    inside = (n < rows)[:, None] & (k < columns)[None, :]
     if BITS == 0:
-        value = tl.load(weight_ptr + first * columns + k[None, :], mask=inside, other=0)
+        value = load(weight_ptr + first * columns + k, k < columns, EVEN)
         return narrow(value.to(tl.float32), dtype) if value.dtype != dtype else value
     elif BITS == 8:
-        code = tl.load(weight_ptr + first * columns + k[None, :], mask=inside, other=0)
+        code = load(weight_ptr + first * columns + k, k < columns, EVEN)
         # A division that rounds to nearest, as everywhere else; `/` is off by an ulp on a GPU.
-        scale = tl.div_rn(tl.load(absmax_ptr + first, mask=(n < rows)[:, None], other=0), 127.0)
+        scale = tl.div_rn(tl.load(absmax_ptr + first), 127.0)
         return narrow(code.to(tl.float32) * scale, dtype)
-    elif not ALIGNED:
-        element = first * columns + k[None, :]
-        byte = tl.load(weight_ptr + element // 2, mask=inside, other=0).to(tl.int32)
-        code = tl.where(element % 2 == 0, byte >> 4, byte & 15)
-        scale = decode_scales(
-            element // BLOCK_SIZE, inside,
-            absmax_ptr, nested_absmax_ptr, nested_map_ptr, nested_offset_ptr, NESTED,
-        )  # fmt: skip
-        return narrow(tl.load(codebook_ptr + code) * scale, dtype)
-    else:
-        pair = column // 2 + tl.arange(0, BLOCK_K // 2)
-        inside = (n < rows)[:, None] & (pair < columns // 2)[None, :]
-        place = weight_ptr + first * (columns // 2) + pair[None, :]
-        byte = tl.load(place, mask=inside, other=0).to(tl.int32)
-        high, low = tl.load(codebook_ptr + (byte >> 4)), tl.load(codebook_ptr + (byte & 15))
-        value = tl.reshape(tl.join(high, low), (BLOCK_N, BLOCK_K))
+    elif ALIGNED:
+        pair = column // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
+        byte = load(weight_ptr + first * (columns // 2) + pair, pair < columns // 2, EVEN)
+        code = tl.reshape(tl.join(byte >> 4, byte & 15), (BLOCK_N, BLOCK_K))
         # One load for as many weights as share a scale.
         SCALES: tl.constexpr = BLOCK_K // BLOCK_SIZE if BLOCK_K > BLOCK_SIZE else 1
-        block = column // BLOCK_SIZE + tl.arange(0, SCALES)
+        block = column // BLOCK_SIZE + tl.arange(0, SCALES)[None, :]
         per_row = columns // BLOCK_SIZE
         scale = decode_scales(
-            first * per_row + block[None, :], (n < rows)[:, None] & (block < per_row)[None, :],
-            absmax_ptr, nested_absmax_ptr, nested_map_ptr, nested_offset_ptr, NESTED,
+            first * per_row + block, block < per_row, absmax_ptr, nested_absmax_ptr,
+            nested_map_ptr, nested_offset_ptr, NESTED, EVEN,
         )  # fmt: skip
         if SCALES > 1:
             wide = tl.broadcast_to(scale[:, :, None], (BLOCK_N, SCALES, BLOCK_K // SCALES))
             scale = tl.reshape(wide, (BLOCK_N, BLOCK_K))
-        return narrow(value * scale, dtype)
+    else:
+        element = first * columns + k
+        byte = load(weight_ptr + element // 2, k < columns, EVEN)
+        code = tl.where(element % 2 == 0, byte >> 4, byte & 15)
+        scale = decode_scales(
+            element // BLOCK_SIZE, k < columns, absmax_ptr, nested_absmax_ptr, nested_map_ptr,
+            nested_offset_ptr, NESTED, EVEN,
+        )  # fmt: skip
+    # Gathered, not loaded: a pipelined loop would copy each value by an instruction of its own.
+    flat = tl.reshape(code, (BLOCK_N * BLOCK_K,)).to(tl.int32)
+    value = tl.gather(tl.load(codebook_ptr + tl.arange(0, 16)), flat, 0)
+    return narrow(tl.reshape(value, (BLOCK_N, BLOCK_K)) * scale, dtype)
 
 
 @triton.jit
