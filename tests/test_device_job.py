@@ -179,11 +179,26 @@ def test_the_help_names_every_part():
     assert answer.returncode == 0 and all(name in answer.stdout for name in device_parts.PARTS)
 
 
+DRY = ("sanitizers", "instructions", "tiles", "results")  # those that take little time
+
+
+def test_an_instruction_that_differs_is_named():
+    words = " ".join(f"{i:08x}" for i in range(device_parts.WORDS))
+    other = words[:-1] + "f1"
+    one = f"cp.async {words}\nlop3, ld.global {words}\ncp.async {words}\n"
+    assert device_parts.differing(one, one) == []
+    assert device_parts.differing(one, one.replace(f"global {words}", f"global {other}")) == [
+        "lop3, ld.global"
+    ]
+    assert device_parts.differing(one, "") == ["cp.async", "lop3, ld.global"]
+
+
 def test_a_dry_run_passes_over_what_needs_a_gpu(tmp_path):
-    chosen = [word for name in ("sanitizers", "tiles", "results") for word in ("--part", name)]
+    chosen = [word for name in DRY for word in ("--part", name)]
     answer = run_command("--dry-run", "--state", str(tmp_path), *chosen)
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert answer.stdout.count("needs a GPU") == 2
+    assert answer.stdout.count("needs a GPU") == 3
+    assert "needs a GPU; 25600 words from the emulator" in answer.stdout
     facts = json.loads((tmp_path / "results.json").read_text())
     assert facts["peftkern"]["parts"]["tiles"]["status"] == "passed over"
     assert len(facts["peftkern"]["source"]) == 64

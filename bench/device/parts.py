@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
 import sys
 
 from job import ROOT, Failed, Job, Part, PassedOver
+
+WORDS = 128  # in a line of instructions.cu
 
 
 def build(job: Job) -> str:
@@ -18,13 +21,37 @@ def build(job: Job) -> str:
         )  # fmt: skip
     # This device alone: the other architectures are compiled where nobody pays for the time.
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or ("9.0a" if job.dry else _architecture(job))
-    job.python(
-        "setup.py", "--quiet", "build_ext", "--inplace", TORCH_CUDA_ARCH_LIST=wanted,
-        PEFTKERN_CUDA="auto" if job.dry else "on",
-    )  # fmt: skip
+    cuda = "auto" if job.dry else "on"
+    if _has(job, "ninja") or shutil.which("ninja"):
+        job.python(
+            "setup.py", "--quiet", "build_ext", "--inplace", PEFTKERN_CUDA=cuda,
+            TORCH_CUDA_ARCH_LIST=wanted,
+        )  # fmt: skip
+    else:
+        _make(job, cuda, TORCH_CUDA_ARCH_LIST=wanted)
     facts = job.python("-m", "peftkern").splitlines()
     lines = dict(line.split(maxsplit=1) for line in facts if line.startswith(("build", "cuda ")))
     return f"{lines['cuda']}; {lines['build']}"
+
+
+def _make(job: Job, cuda: str, **environment: str) -> None:
+    """What setup.py does, with make for ninja."""
+    words = "import importlib.util as u; print(*u.find_spec('torch').submodule_search_locations)"
+    torch = job.python("-c", words).split()[-1]
+    cmake, folder = shutil.which("cmake") or "cmake", job.state / "make"
+    job.run(
+        cmake, "-S", ".", "-B", folder, "-G", "Unix Makefiles", f"-DPEFTKERN_TORCH={torch}",
+        f"-DPEFTKERN_OUTPUT={ROOT / 'peftkern'}", f"-DPEFTKERN_CUDA={cuda}",
+        f"-DPython_EXECUTABLE={sys.executable}", **environment,
+    )  # fmt: skip
+    cores = os.cpu_count() or 1
+    job.run(cmake, "--build", folder, "--target", "peftkern_native", "--parallel", cores)
+
+
+def selftest(job: Job) -> str:
+    """Every op on every device, beside plain torch."""
+    lines = job.python("-m", "peftkern", "--selftest").strip().splitlines()
+    return lines[-1]
 
 
 def _architecture(job: Job) -> str:
@@ -95,7 +122,35 @@ def sanitizers(job: Job) -> str:
 
 
 def instructions(job: Job) -> str:
-    raise PassedOver("there are no tests of single instructions yet")
+    """Does each instruction of common/ptx.h do on the device what it does in the emulator?"""
+    source = ROOT / "csrc" / "emulator" / "instructions.cu"
+    folder, program = source.parent, job.state / "instructions"
+    emulator = [path for path in sorted(folder.glob("*.cpp")) if "test_" not in path.name]
+    job.run(
+        os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-DPEFTKERN_EMULATED", "-I", folder,
+        "-I", folder.parent, "-xc++", source, *emulator, "-xnone", "-ldl", "-o", program,
+    )  # fmt: skip
+    emulated = job.run(program)
+    count = WORDS * len(emulated.splitlines())
+    if job.dry:
+        raise PassedOver(f"needs a GPU; {count} words from the emulator")
+    nvcc = shutil.which("nvcc", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    if nvcc is None:
+        raise PassedOver("there is no nvcc")
+    job.run(
+        nvcc, "-std=c++20", "-arch=native", "-I", folder.parent, source, "-o", f"{program}_device"
+    )
+    differ = differing(emulated, job.run(f"{program}_device"))
+    if differ:
+        raise Failed(f"not what the emulator does: {', '.join(differ)}")
+    return f"{count} words are the emulator's"
+
+
+def differing(emulated: str, measured: str) -> list[str]:
+    """The instructions whose lines differ; a line that one side lacks differs."""
+    pairs = itertools.zip_longest(emulated.splitlines(), measured.splitlines(), fillvalue="")
+    names = [(one or other).rsplit(" ", WORDS)[0] for one, other in pairs if one != other]
+    return list(dict.fromkeys(names))
 
 
 def tiles(job: Job) -> str:
@@ -130,6 +185,7 @@ def results(job: Job) -> str:
 
 PARTS = {
     "build": Part(build, 300),
+    "selftest": Part(selftest, 60),
     "tests": Part(tests, 180),
     "sanitizers": Part(sanitizers, 120),
     "instructions": Part(instructions, 60),
