@@ -109,7 +109,7 @@ def sanitizers(job: Job) -> str:
     for check in ("memcheck", "racecheck", "synccheck"):
         try:
             text = job.run(
-                tool, "--tool", check, "--error-exitcode", 9, "--kernel-regex", "kns=peftkern",
+                tool, "--tool", check, "--error-exitcode", 9, "--kernel-name", "kns=peftkern",
                 sys.executable, "-m", "peftkern.bench.drive", PYTORCH_NO_CUDA_MEMORY_CACHING="1",
             )  # fmt: skip
         except Failed as failure:
