@@ -24,7 +24,11 @@ SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 # setup.py calls cmake, and cmake calls ninja, by their bare names.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: venv build demo test test-full ctest ctest-sanitize pytest-sanitize lint format bench
+# What cmake has to know for the libraries of the package.
+PACKAGE = -DPEFTKERN_WERROR=ON -DPEFTKERN_CUDA=off -DPython_EXECUTABLE=$(BIN)/python \
+  -DPEFTKERN_TORCH=$$(python -c 'import os, torch; print(os.path.dirname(torch.__file__))')
+
+.PHONY: venv build demo test test-full ctest ctest-sanitize emulated pytest-sanitize lint format bench
 
 venv: $(VENV)/.torch
 build: $(VENV)/.build
@@ -32,7 +36,7 @@ build: $(VENV)/.build
 demo: $(VENV)/.demo $(if $(findstring --compare-peers,$(DEMO)),$(VENV)/.peers)
 	peftkern demo $(DEMO)
 
-test: lint ctest ctest-sanitize pytest-sanitize
+test: lint ctest ctest-sanitize emulated pytest-sanitize
 	python -m pytest $(PYTEST)
 
 test-full: export PEFTKERN_EXAMPLES ?= 250
@@ -63,14 +67,18 @@ ctest-sanitize: $(VENV)/.test
 	cmake --build build/tests-sanitize --target peftkern_tests
 	ctest --test-dir build/tests-sanitize --output-on-failure
 
+# CUDA's kernels for the host, beside the ops: plainly, and with the race detector.
+emulated: $(VENV)/.test
+	cmake -S . -B build/emulated -G Ninja $(PACKAGE) -DPEFTKERN_OUTPUT=$(CURDIR)/peftkern
+	cmake --build build/emulated --target peftkern_emulated peftkern_emulated_races
+
 # The ops from Python, in an interpreter that knows nothing of sanitizers: their runtime has to be
 # there first. Leaks are Python's own.
 pytest-sanitize: $(VENV)/.test
-	cmake -S . -B build/sanitize -G Ninja -DPEFTKERN_WERROR=ON -DPEFTKERN_SANITIZE=ON \
-	  -DPEFTKERN_CUDA=off -DPython_EXECUTABLE=$(BIN)/python \
-	  -DPEFTKERN_TORCH=$$(python -c 'import os, torch; print(os.path.dirname(torch.__file__))')
-	cmake --build build/sanitize --target peftkern_ops
-	PEFTKERN_EXAMPLES=5 PEFTKERN_LIBRARY=build/sanitize/_ops.so ASAN_OPTIONS=detect_leaks=0 \
+	cmake -S . -B build/sanitize -G Ninja $(PACKAGE) -DPEFTKERN_SANITIZE=ON
+	cmake --build build/sanitize --target peftkern_ops peftkern_emulated
+	PEFTKERN_EXAMPLES=5 PEFTKERN_LIBRARY=build/sanitize/_ops.so \
+	  PEFTKERN_EMULATED_LIBRARY=build/sanitize/_emulated.so ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  python -m pytest tests/test_qlora*.py -k 'not compile'
 

@@ -176,6 +176,15 @@ __device__ inline uint32_t and_or(uint32_t value, uint32_t mask, uint32_t bits) 
 #endif
 }
 
+// Has the compiler keep a number in a register: left to itself, it may form what depends on the
+// thread alone anew in each turn of a loop.
+__device__ inline int keep(int value) {
+#if !defined(PEFTKERN_EMULATED)
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 // What nobody reads again soon: it takes no room in the first-level cache.
 __device__ inline uint4 load_streaming(const uint4* global) {
 #if defined(PEFTKERN_EMULATED)

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <exception>
 #include <string>
+#include <vector>
 
 namespace peftkern::emulator {
 
@@ -44,10 +45,10 @@ std::string last_words(const Function& function) {
 #define EXPECT_DIES(call, ...)                                                               \
   do {                                                                                       \
     const std::string said = peftkern::emulator::last_words([&] { call; });                  \
-    for (const char* words : {__VA_ARGS__}) {                                                \
+    for (const std::string& words : std::vector<std::string>{__VA_ARGS__}) {                 \
       if (said.find(words) != std::string::npos) continue;                                   \
       std::fprintf(stderr, "%s:%d: %s must end with \"%s\", got:\n%s\n", __FILE__, __LINE__, \
-                   #call, words, said.c_str());                                              \
+                   #call, words.c_str(), said.c_str());                                      \
       std::exit(1);                                                                          \
     }                                                                                        \
   } while (0)

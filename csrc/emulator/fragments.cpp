@@ -135,12 +135,11 @@ uint16_t to_fp16(float value) {
   const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
   const double magnitude = std::fabs(static_cast<double>(value));
   if (magnitude >= 65520) return sign | 0x7C00;
-  if (magnitude == 0) return sign;
-  int exponent;
+  int exponent = 0;
   std::frexp(magnitude, &exponent);
   // Neighbours are 2^(exponent - 11) apart, and never less than 2^-24; a step beyond the last of an
   // exponent is the first of the next.
-  exponent = std::max(exponent, -13);
+  exponent = magnitude > 0 ? std::max(exponent, -13) : -13;
   const auto steps = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 11 - exponent)));
   return static_cast<uint16_t>(sign | (((exponent + 13) << 10) + steps));
 }

@@ -45,6 +45,12 @@ struct Plan {
   static_assert(kParts * kTileRows * (kMost + 1) * 4 <= kStages * Layout::kCodesBytes);
 };
 
+// Where a lane stands.
+struct Lane {
+  int part = threadIdx.x / 32 % kParts, upper = threadIdx.x / 32 / kParts;
+  int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+};
+
 // What a block of threads computes.
 struct Share {
   int64_t row;    // the first of its rows
@@ -69,25 +75,29 @@ class Ring {
   static constexpr int kStages = Where::kStages;
 
   __device__ Ring(char* shared, const DeviceWeight& weight, const T* x, const Share& share)
-      : memory_(shared + Where::kRing), stages_(share.stages) {
+      : memory_(shared + Where::kRing),
+        stages_(share.stages),
+        bytes_(Layout::kCodesBytes + share.inputs * Where::kXPitch) {
+    const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces * 16;
     const int64_t row_bytes = weight.columns * Layout::kBits / 8;
-    const int64_t begin = share.stage * Layout::kRowBytes + threadIdx.x % kPieces * 16;
-    bytes_ = Layout::kCodesBytes + share.inputs * Where::kXPitch;
+    const int64_t begin = share.stage * Layout::kRowBytes + piece;
+    to_ = ptx::keep(row * Layout::kPitch + piece);
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const int row = (threadIdx.x + i * kDecodeThreads) / kPieces;
-      codes_[i] = weight.packed + (share.row + row) * row_bytes + begin;
-      codes_times_[i] =
-          times(row_bytes - begin, Layout::kRowBytes, share.row + row < weight.rows, share.stages);
+      const int64_t at = share.row + row + i * kRows;
+      codes_[i] = weight.packed + at * row_bytes + begin;
+      times_[i] = times(row_bytes - begin, Layout::kRowBytes, at < weight.rows, share.stages);
     }
-    const int64_t x_bytes = weight.columns * static_cast<int64_t>(sizeof(T));
-    const int64_t x_begin = share.stage * kXRowBytes + threadIdx.x % kXPieces * 16;
-    x_times_ = times(x_bytes - x_begin, kXRowBytes, true, share.stages);
-    inputs_ = share.inputs;
+    const int input = threadIdx.x / kXPieces, x_piece = threadIdx.x % kXPieces * 16;
+    const int64_t x_row_bytes = weight.columns * static_cast<int64_t>(sizeof(T));
+    const int64_t x_begin = share.stage * kXRowBytes + x_piece;
+    x_to_ = ptx::keep(Layout::kCodesBytes + input * Where::kXPitch + x_piece);
+    x_times_ = times(x_row_bytes - x_begin, kXRowBytes, true, share.stages);
+    inputs_ = ptx::keep(share.inputs - input);
 #pragma unroll
     for (int i = 0; i < kXCopies; ++i) {
-      const int input = (threadIdx.x + i * kDecodeThreads) / kXPieces;
-      x_[i] = reinterpret_cast<const char*>(x) + (share.input + input) * x_bytes + x_begin;
+      const int64_t at = share.input + input + i * kInputs;
+      x_[i] = reinterpret_cast<const char*>(x) + at * x_row_bytes + x_begin;
     }
   }
 
@@ -99,18 +109,13 @@ class Ring {
       char* to = memory_ + t % kStages * bytes_;
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
-        const int row = (threadIdx.x + i * kDecodeThreads) / kPieces;
-        ptx::cp_async_16(to + row * Layout::kPitch + threadIdx.x % kPieces * 16, codes_[i],
-                         t < codes_times_[i]);
+        ptx::cp_async_16(to + to_ + i * kRows * Layout::kPitch, codes_[i], t < times_[i]);
         codes_[i] += Layout::kRowBytes;
       }
-      to += Layout::kCodesBytes;
 #pragma unroll
       for (int i = 0; i < kXCopies; ++i) {
-        const int input = (threadIdx.x + i * kDecodeThreads) / kXPieces;
-        if (input < inputs_) {
-          ptx::cp_async_16(to + input * Where::kXPitch + threadIdx.x % kXPieces * 16, x_[i],
-                           t < x_times_);
+        if (i * kInputs < inputs_) {
+          ptx::cp_async_16(to + x_to_ + i * kInputs * Where::kXPitch, x_[i], t < x_times_);
         }
         x_[i] += kXRowBytes;
       }
@@ -122,17 +127,20 @@ class Ring {
   __device__ const char* x(int t) const { return codes(t) + Layout::kCodesBytes; }
 
  private:
-  static constexpr int kPieces = Layout::kRowBytes / 16;
-  static constexpr int kCopies = kTileRows * kPieces / kDecodeThreads;
+  // Of 16 bytes, and how many rows of them the threads copy at once.
+  static constexpr int kPieces = Layout::kRowBytes / 16, kRows = kDecodeThreads / kPieces;
+  static constexpr int kCopies = kTileRows / kRows;
   static constexpr int kXRowBytes = kTileColumns * static_cast<int>(sizeof(T));
-  static constexpr int kXPieces = kXRowBytes / 16;
-  static constexpr int kXCopies = kMost * kXPieces / kDecodeThreads;
+  static constexpr int kXPieces = kXRowBytes / 16, kInputs = kDecodeThreads / kXPieces;
+  static constexpr int kXCopies = kMost / kInputs;
 
   char* memory_;
-  int stages_, bytes_, inputs_;  // bytes of a stage
+  int stages_, bytes_;  // bytes of a stage
+  int to_, x_to_;       // where in a stage
   const uint8_t* codes_[kCopies];
   const char* x_[kXCopies];
-  int codes_times_[kCopies], x_times_;
+  int times_[kCopies], x_times_;
+  int inputs_;  // rows of x from this thread's first on
 };
 
 // The scales of a stage, in two places by turns. A thread has one in each segment of a part, and
@@ -171,11 +179,14 @@ class Scales {
     next_ = after_;
     read(after_, t + 3);
   }
-  // Of stage `t`: those of a lane's four rows are neighbours.
-  __device__ float4 of(int t, int part, int segment, int upper, int group) const {
-    const int s = part * Layout::kSegments + segment;
-    const float* scales = to_ + t % 2 * Layout::kScales;
-    return reinterpret_cast<const float4*>(scales)[(s * 2 + upper) * 8 + group];
+  // Where a lane's begin; those of its four rows are neighbours.
+  __device__ static int begin(const Lane& lane) {
+    return lane.part * Layout::kSegments * kTileRows + lane.upper * kWarpRows + lane.group * 4;
+  }
+  // Of stage `t`, in a segment.
+  __device__ float4 of(int t, int begin, int segment) const {
+    const float* from = to_ + t % 2 * Layout::kScales + begin + segment * kTileRows;
+    return *reinterpret_cast<const float4*>(from);
   }
 
  private:

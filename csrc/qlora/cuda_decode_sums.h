@@ -62,7 +62,9 @@ class Values<T, Layout<4, kSegment, kNested>> {
 
  public:
   __device__ explicit Values(const char* table)
-      : table_(table), copy_(threadIdx.x % kCopies * static_cast<unsigned>(sizeof(Entry))) {}
+      : table_(table),
+        copy_(static_cast<unsigned>(
+            ptx::keep(static_cast<int>(threadIdx.x % kCopies * sizeof(Entry))))) {}
 
   // A thread writes an entry, from a place on that differs from its neighbours'.
   __device__ static void write(char* table, const float* codebook) {
@@ -108,21 +110,27 @@ class Values<T, Layout<8, kSegment, false>> {
   }
 };
 
-// Where a lane stands.
-struct Lane {
-  int part = threadIdx.x / 32 % kParts, upper = threadIdx.x / 32 / kParts;
-  int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
-};
+// Where in a stage a lane's codes, columns and scales begin, of its first row and segment.
+template <typename T, typename Layout, int kMost>
+struct Begin {
+  int codes, x, scales;
 
-// Of a stage, a lane's codes of its row r in a segment.
-template <typename Layout>
-__device__ inline Words<Layout::kLaneBytes> codes_of(const char* codes, const Lane& lane, int r,
-                                                     int segment) {
-  return load_words<Layout::kLaneBytes>(
-      codes + (lane.upper * kWarpRows + 8 * r + lane.group) * Layout::kPitch +
-      lane.part * Layout::kPartBytes + segment * Layout::kSegmentBytes +
-      lane.member * Layout::kLaneBytes);
-}
+  __device__ explicit Begin(const Lane& lane)
+      : codes(ptx::keep((lane.upper * kWarpRows + lane.group) * Layout::kPitch +
+                        lane.part * Layout::kPartBytes + lane.member * Layout::kLaneBytes)),
+        x((lane.part * kPart + lane.member * Layout::kSegment / 4) * static_cast<int>(sizeof(T))),
+        scales(ptx::keep(Scales<Layout>::begin(lane))) {
+    // The matrix unit has a group's rows of x in its lanes.
+    if constexpr (sizeof(T) == 2) x += lane.group * Plan<T, Layout, kMost>::kXPitch;
+    x = ptx::keep(x);
+  }
+
+  // Of row r, in a segment.
+  __device__ Words<Layout::kLaneBytes> codes_of(const char* stage, int r, int segment) const {
+    return load_words<Layout::kLaneBytes>(stage + codes + 8 * r * Layout::kPitch +
+                                          segment * Layout::kSegmentBytes);
+  }
+};
 
 // The weight is the matrix unit's first operand, 16 of its rows, and x^T the second, 8 of x's.
 template <typename T, typename Layout, int kMost>
@@ -133,26 +141,22 @@ class Sums {
   // Adds the products of stage `t`.
   __device__ void add(const Ring<T, Layout, kMost>& ring, const Scales<Layout>& scales,
                       const Values<T, Layout>& values, int inputs, int t) {
-    const char* codes = ring.codes(t);
 #pragma unroll
     for (int s = 0; s < Layout::kSegments; ++s) {
-      const char* x =
-          ring.x(t) + (lane_.part * kPart + s * Layout::kSegment + lane_.member * kColumns) *
-                          static_cast<int>(sizeof(T));
+      const char* x = ring.x(t) + begin_.x + s * Layout::kSegment * static_cast<int>(sizeof(T));
       Words<kXBytes> columns[kTiles];
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        const int input = 8 * n + lane_.group;
-        if (input < inputs) columns[n] = load_words<kXBytes>(x + input * kXPitch);
+        if (8 * n + lane_.group < inputs) columns[n] = load_words<kXBytes>(x + 8 * n * kXPitch);
       }
       float4 scale{};
       if constexpr (Layout::kBits == 4) {
-        scale = scales.of(t, lane_.part, s, lane_.upper, lane_.group);
+        scale = scales.of(t, begin_.scales, s);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const auto above = codes_of<Layout>(codes, lane_, 2 * half, s);
-        const auto below = codes_of<Layout>(codes, lane_, 2 * half + 1, s);
+        const auto above = begin_.codes_of(ring.codes(t), 2 * half, s);
+        const auto below = begin_.codes_of(ring.codes(t), 2 * half + 1, s);
         if constexpr (Layout::kBits == 4) {
           float part[kTiles][4] = {};
           multiply(values, above, below, columns, part);
@@ -176,8 +180,7 @@ class Sums {
   }
 
  private:
-  static constexpr int kColumns = Layout::kSegment / 4;
-  static constexpr int kXBytes = kColumns * static_cast<int>(sizeof(T));
+  static constexpr int kXBytes = Layout::kSegment / 4 * static_cast<int>(sizeof(T));
   static constexpr int kXPitch = Plan<T, Layout, kMost>::kXPitch;
   using Codes = Words<Layout::kLaneBytes>;
 
@@ -207,6 +210,7 @@ class Sums {
   }
 
   Lane lane_;
+  Begin<T, Layout, kMost> begin_{lane_};
   float sums_[2][kTiles][4] = {};
 };
 
@@ -216,17 +220,15 @@ class Sums<float, Layout, kMost> {
  public:
   __device__ void add(const Ring<float, Layout, kMost>& ring, const Scales<Layout>& scales,
                       const Values<float, Layout>& values, int inputs, int t) {
-    const char* codes = ring.codes(t);
 #pragma unroll
     for (int s = 0; s < Layout::kSegments; ++s) {
-      const char* x =
-          ring.x(t) + (lane_.part * kPart + s * Layout::kSegment + lane_.member * kColumns) * 4;
+      const char* x = ring.x(t) + begin_.x + s * Layout::kSegment * 4;
       Words<Layout::kLaneBytes> own[4];
 #pragma unroll
-      for (int r = 0; r < 4; ++r) own[r] = codes_of<Layout>(codes, lane_, r, s);
+      for (int r = 0; r < 4; ++r) own[r] = begin_.codes_of(ring.codes(t), r, s);
       float scale[4] = {1, 1, 1, 1};
       if constexpr (Layout::kBits == 4) {
-        const float4 four = scales.of(t, lane_.part, s, lane_.upper, lane_.group);
+        const float4 four = scales.of(t, begin_.scales, s);
         memcpy(scale, &four, sizeof four);
       }
       float part[kMost][4] = {};
@@ -259,8 +261,6 @@ class Sums<float, Layout, kMost> {
   }
 
  private:
-  static constexpr int kColumns = Layout::kSegment / 4;
-
   // Four columns of four rows.
   __device__ static void multiply(const Values<float, Layout>& values,
                                   const Words<Layout::kLaneBytes> (&own)[4], const char* x,
@@ -288,6 +288,7 @@ class Sums<float, Layout, kMost> {
   }
 
   Lane lane_;
+  Begin<float, Layout, kMost> begin_{lane_};
   float sums_[kMost][4] = {};
 };
 

@@ -1,0 +1,170 @@
+"""What every CUDA kernel is compiled to, for each architecture that we build for, with no GPU.
+
+A kernel takes no more registers, shared memory and instructions than its row of GATES says, spills
+nothing, touches no local memory, and has the instructions that it was written for.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(ROOT.glob("csrc/*/cuda*.cu"))
+ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
+# Of decode's main loop: 64 rows by 256 columns a turn, among 256 threads.
+WEIGHTS_A_TURN = 64
+
+MATRIX = ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128")
+PLAIN = ("FFMA", "LDGSTS.E.BYPASS.128")
+WIDE_LOADS, WIDE_STORES = ("LDG.E.128",), ("STG.E.128",)
+
+
+class Gate(NamedTuple):
+    """The most that a kernel takes on any architecture. Registers come in eights; of 65536, blocks
+    of 256 threads take 256 times as many each. `slots`: of the main loop, issue slots a weight and
+    lane.
+    """
+
+    registers: int
+    shared: int
+    instructions: tuple[str, ...]
+    slots: float = 0.0
+
+
+# By template arguments: dtype (half: bf16 and fp16 alike); of decode, bits, columns that share a
+# scale, whether scales are nested, and rows of x.
+GATES = {
+    "quantize half": Gate(32, 128, WIDE_LOADS),
+    "quantize f32": Gate(32, 128, WIDE_LOADS),
+    "quantize f64": Gate(40, 128, WIDE_LOADS),
+    "quantize_rows half": Gate(32, 32, WIDE_LOADS),
+    "quantize_rows f32": Gate(32, 32, WIDE_LOADS),
+    "quantize_rows f64": Gate(32, 32, WIDE_LOADS),
+    "dequantize half": Gate(48, 64, WIDE_STORES),
+    "dequantize f32": Gate(48, 64, WIDE_STORES),
+    "dequantize f64": Gate(48, 64, WIDE_STORES),
+    "dequantize_rows half": Gate(32, 0, WIDE_STORES),
+    "dequantize_rows f32": Gate(32, 0, WIDE_STORES),
+    "dequantize_rows f64": Gate(32, 0, WIDE_STORES),
+}
+
+
+class Kernel(NamedTuple):
+    """What the compiler says, and what the disassembler shows: addresses and instructions."""
+
+    name: str
+    architecture: str
+    registers: int
+    shared: int
+    spilled: int
+    code: list[tuple[int, str]]
+
+    def count(self, start: str) -> int:
+        return sum(text.startswith(start) for _, text in self.code)
+
+    @property
+    def slots(self) -> float:
+        """Issue slots a weight and lane of the shortest loop that copies ahead; 0 without one."""
+        lengths = []
+        for end, text in self.code:
+            branch = re.search(r"BRA.* 0x([0-9a-f]+)", text)
+            begin = int(branch[1], 16) if branch else end
+            body = [text for address, text in self.code if begin <= address <= end]
+            if begin < end and any(text.startswith("LDGSTS") for text in body):
+                lengths.append(len(body))
+        return min(lengths, default=0) / WEIGHTS_A_TURN
+
+
+def find_tool(name, *folders):
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    """Every kernel on every architecture: one call of the compiler for each file."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = find_tool("nvcc", f"{home}/bin")
+    triton = find_spec("triton")
+    wheel = Path(triton.origin).parent / "backends/nvidia/bin" if triton else Path()
+    cuobjdump = find_tool("cuobjdump", f"{home}/bin", wheel)
+    if not nvcc or not cuobjdump:
+        pytest.skip(f"no {'disassembler' if nvcc else 'CUDA compiler'}")
+    folder = tmp_path_factory.mktemp("gates")
+    return [kernel for source in SOURCES for kernel in compiled(source, nvcc, cuobjdump, folder)]
+
+
+def compiled(source, nvcc, cuobjdump, folder):
+    binary = folder / f"{source.stem}.fatbin"
+    command = [nvcc, "-std=c++20", "-O3", "-I", ROOT / "csrc", "-Xptxas", "-v", "-fatbin"]
+    command += [f"-gencode=arch={virtual},code={real}" for real, virtual in ARCHITECTURES.items()]
+    run = subprocess.run([*command, "-o", binary, source], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    resources = {
+        (mangled, architecture): said
+        for mangled, architecture, said in re.findall(
+            r"entry function '(\S+)' for '(\S+)'\n(.*?Used .*?)\n", run.stderr, re.DOTALL
+        )
+    }
+    for architecture in ARCHITECTURES:
+        dump = [cuobjdump, "--dump-sass", "-arch", architecture, binary]
+        text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+        for function in text.split("Function : ")[1:]:
+            mangled = function.split(maxsplit=1)[0]
+            said = resources[mangled, architecture]
+            code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.+?) *;", function)
+            yield Kernel(
+                readable(mangled),
+                architecture,
+                number(r"Used (\d+) registers", said),
+                number(r"(\d+) bytes smem", said),
+                sum(map(int, re.findall(r"(\d+) bytes (?:spill|stack)", said))),
+                [(int(address, 16), instruction) for address, instruction in code],
+            )
+
+
+def number(pattern, text):
+    found = re.search(pattern, text)
+    return int(found[1]) if found else 0
+
+
+def readable(mangled):
+    """The kernel's name and its template's arguments, as GATES spells them."""
+    name, arguments = re.search(r"\d\d([a-z_]+)_kernelI(.*?)EEv", mangled).groups()
+    arguments = re.sub(r"^NS_4(bf16|fp16)E?", "half ", arguments)
+    arguments = re.sub(r"^f", "f32 ", re.sub(r"^d", "f64 ", arguments))
+    numbers = re.findall(r"L[ib](\d+)", arguments)
+    return " ".join([name, arguments.split()[0], *numbers])
+
+
+def test_every_kernel_stays_within_its_row(kernels):
+    broken = []
+    for kernel in kernels:
+        gate = GATES.get(kernel.name)
+        if gate is None:
+            broken.append(f"{kernel.name} has no row, {kernel[1:5]}, {kernel.slots:.2f}")
+            continue
+        where = f"{kernel.name} on {kernel.architecture}"
+        for what, has, may in (
+            ("registers", kernel.registers, gate.registers),
+            ("bytes of shared memory", kernel.shared, gate.shared),
+            ("bytes spilled", kernel.spilled, 0),
+            ("accesses to local memory", kernel.count("LDL") + kernel.count("STL"), 0),
+            ("issue slots a weight", kernel.slots, gate.slots),
+        ):
+            if has > may:
+                broken.append(f"{where}: {has:.4g} {what}, at most {may} allowed")
+        broken += [f"{where}: no {i}" for i in gate.instructions if not kernel.count(i)]
+    assert not broken, "\n".join(broken)
+
+
+def test_every_row_has_its_kernels(kernels):
+    names = Counter(kernel.name for kernel in kernels)
+    expected = {name: len(ARCHITECTURES) * (1 + ("half" in name)) for name in GATES}
+    assert names == expected
