@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern import _native
-from peftkern.kernels import qlora_panels as panels
-from peftkern.kernels import qlora_paths as paths
+from peftkern.kernels.qlora_backward import linear_bwd as linear_bwd
 from peftkern.kernels.qlora_forward import lora_down
-from peftkern.kernels.qlora_gemm import gemm
+from peftkern.kernels.qlora_product import product
+from peftkern.kernels.qlora_siblings import siblings as siblings
+from peftkern.kernels.qlora_siblings import siblings_bwd as siblings_bwd
 from peftkern.kernels.qlora_tiles import decode_scales, narrow
 from peftkern.qlora import fallback
 
@@ -100,18 +100,9 @@ def linear(
             x, weight, layout, bias, lora_a, lora_b, scale, dropout, seed, offsets, adapter
         )
     flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
-    experts, outputs, _, _, bits = layout
     if lora_a is None:
         low, down = None, flat.new_empty(len(flat), 0, dtype=torch.float32)
     else:
         low = down = lora_down(flat, lora_a, dropout, seed, offsets, adapter)
-    # The kernel for few rows knows one adapter alone.
-    decodes = adapter is None and _native.serves("qlora_decode", x.device.type)
-    path = paths.choose(x.device, x.dtype, len(flat), experts, bits, decodes)
-    if path == "decode":
-        y = torch.ops.peftkern.qlora_decode(flat, weight, layout, bias, low, lora_b, scale)
-    else:
-        y = flat.new_empty(len(flat), outputs)
-        product = gemm if path == "gemm" else panels.linear
-        product(flat, weight, layout, y, bias, low, lora_b, scale, offsets, adapter)
-    return y.view(*x.shape[:-1], outputs), down
+    y = product(flat, weight, layout, bias, low, lora_b, scale, offsets, adapter)
+    return y.view(*x.shape[:-1], layout[1]), down

@@ -107,6 +107,7 @@ def sum_kernel(
     out_ptr,  # [count]
     count,
     SPLITS: tl.constexpr,
+    ADD: tl.constexpr,  # to what `out` holds
     BLOCK: tl.constexpr,
 ):
     """Adds the splits up in their order. Floor: 4 bytes an element and split."""
@@ -114,6 +115,8 @@ def sum_kernel(
     sum = tl.load(parts_ptr + i, mask=i < count, other=0)
     for split in tl.static_range(1, SPLITS):
         sum += tl.load(parts_ptr + tl.cast(split, tl.int64) * count + i, mask=i < count, other=0)
+    if ADD:
+        sum += tl.load(out_ptr + i, mask=i < count, other=0).to(tl.float32)
     tl.store(out_ptr + i, narrow(sum, out_ptr.dtype.element_ty), mask=i < count)
 
 
@@ -167,9 +170,9 @@ def lora_down(
     return down if splits == 1 else add_up(parts, down)
 
 
-def add_up(parts: Tensor, out: Tensor) -> Tensor:
-    """The sum of `parts` float32 `[splits, ...]`, in their order, written to `out`."""
+def add_up(parts: Tensor, out: Tensor, add: bool = False) -> Tensor:
+    """The sum of `parts` float32 `[splits, ...]`, in their order, is written or added to `out`."""
     count = out.numel()
     grid = (triton.cdiv(count, BLOCK_SUM),)
-    sum_kernel[grid](parts, out, count, SPLITS=len(parts), BLOCK=BLOCK_SUM)
+    sum_kernel[grid](parts, out, count, SPLITS=len(parts), ADD=add, BLOCK=BLOCK_SUM)
     return out

@@ -116,6 +116,7 @@ def gemm_kernel(
     threshold,
     OVER_ROWS: tl.constexpr,  # the sum runs over W's rows, for the gradient of x, not its columns
     HAS_BASE: tl.constexpr,  # False: the low-rank term and the bias alone
+    ADD: tl.constexpr,  # to what `out` holds
     HAS_BIAS: tl.constexpr,
     HAS_LOW_RANK: tl.constexpr,
     DROPOUT: tl.constexpr,  # of the low-rank term of the gradient
@@ -186,6 +187,8 @@ def gemm_kernel(
         sum = tl.trans(sum)
     place = out_ptr + (split.to(tl.int64) * inputs + m)[:, None] * outputs + o[None, :]
     mask = inside[:, None] & (o < outputs)[None, :]
+    if ADD:
+        sum += tl.load(place, mask=mask, other=0).to(tl.float32)
     tl.store(place, narrow(sum, out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -204,6 +207,7 @@ def gemm(
     seed: Tensor | None = None,
     over_rows: bool = False,
     has_base: bool = True,
+    add: bool = False,
 ) -> None:
     """out = x W^T + bias + scale * low factor^T; over_rows: out = x W + scale * D'(low factor).
 
@@ -219,6 +223,7 @@ def gemm(
         factor: lora_b, over_rows lora_a; any float dtype.
         offsets, adapter: as in `expert_linear`.
         dropout, seed: over_rows alone.
+        add: to what `out` holds.
     """
     experts, rows, columns, block_size, bits = layout
     inputs, outputs = out.shape
@@ -239,6 +244,7 @@ def gemm(
         scale / (1 - dropout) if drops and rank else scale, limit or 0,
         OVER_ROWS=over_rows,
         HAS_BASE=has_base,
+        ADD=add and splits == 1,
         HAS_BIAS=bias is not None,
         HAS_LOW_RANK=rank > 0,
         DROPOUT=drops,
@@ -261,4 +267,4 @@ def gemm(
         enable_fp_fusion=False,
     )  # fmt: skip
     if splits > 1:
-        add_up(parts, out)
+        add_up(parts, out, add)

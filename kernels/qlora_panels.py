@@ -76,16 +76,19 @@ def linear(
 def grad_x(
     grad: Tensor, weight: Sequence[Tensor], layout: Sequence[int], out: Tensor, up: Tensor | None,
     lora_a: Tensor | None, scale: float, offsets: Tensor | None, adapter: Tensor | None,
-    dropout: float, seed: Tensor | None,
+    dropout: float, seed: Tensor | None, add: bool = False,
 ) -> None:  # fmt: skip
-    """out = g W + scale * D'(up A) for one expert; arguments as `gemm` takes them over_rows."""
+    """out = g W + scale * D'(up A) for one expert; arguments as `gemm` takes them over_rows.
+
+    add: to what `out` holds.
+    """
     if up is not None:
         gemm(
             grad, weight, layout, out, None, up, lora_a, scale, offsets, adapter, dropout, seed,
-            over_rows=True, has_base=False,
+            over_rows=True, has_base=False, add=add,
         )  # fmt: skip
     for begin, end, panel in _panels(weight, layout, grad.dtype, over_rows=True):
-        _product(out[:, begin:end], grad, panel, up is not None)
+        _product(out[:, begin:end], grad, panel, add or up is not None)
 
 
 def _product(out: Tensor, left: Tensor, right: Tensor, started: bool) -> None:

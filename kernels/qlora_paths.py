@@ -69,6 +69,14 @@ TILES: dict[str, dict[str, Rows]] = {
     "gemm 32": {"any": ((16, Tile(16, 32, 32, 4, 2)), (None, Tile(32, 32, 32, 4, 2)))},
     "down 16": {"any": ((16, Tile(16, 64, 128, 4, 4)), (None, Tile(64, 64, 64, 4, 4)))},
     "down 32": {"any": ((None, Tile(16, 32, 32, 4, 2)),)},
+    # Of these, `inner` is the widest rank that one launch serves.
+    "lora_bwd 16": {"any": ((None, Tile(64, 128, 64, 4, 3)),)},
+    "lora_bwd 32": {"any": ((None, Tile(32, 64, 32, 4, 2)),)},
+    "grad_a 16": {"any": ((None, Tile(64, 128, 64, 4, 3)),)},
+    "grad_a 32": {"any": ((None, Tile(32, 64, 32, 4, 2)),)},
+    # And of this one columns of the gradient; a step takes `rows` rows of activations.
+    "grad_weight 16": {"any": ((None, Tile(64, 128, 128, 8, 3)),)},
+    "grad_weight 32": {"any": ((None, Tile(32, 64, 64, 4, 2)),)},
 }
 # Each program costs time of its own in the interpreter, whatever its size.
 INTERPRETED = Tile(32, 32, 64, 4, 1, 1)

@@ -53,6 +53,7 @@ _linear_bwd_op = _native.define(
     _fake_linear_bwd,
     fallback.linear_bwd,
 )
+_native.register_triton("qlora", "linear_bwd")
 # What linear's launcher calls on a GPU for few rows (at most 16) of one expert: `down` [rows, r] is
 # D(x) A^T, in float32 and without the scale; bias, lora_b and x may differ in dtype.
 _native.define(

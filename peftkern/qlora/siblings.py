@@ -47,7 +47,7 @@ def _fake_bwd(
     return [torch.empty_like(t) for t, need in zip(like, needs, strict=True) if need]
 
 
-def _split(weights: Any, layouts: Any) -> list[tuple[list[Tensor], list[int]]]:
+def split_weights(weights: Any, layouts: Any) -> list[tuple[list[Tensor], list[int]]]:
     """Tensors and layout of each weight."""
     split, first = [], 0
     for i in range(0, len(layouts), 6):
@@ -62,8 +62,8 @@ def _fallback(
     dropout: float, seeds: Any,
 ) -> list[Tensor]:  # fmt: skip
     parts = zip(
-        _split(weights, layouts), biases, lora_a, lora_b, scales, seeds or [None] * len(scales),
-        strict=True,
+        split_weights(weights, layouts), biases, lora_a, lora_b, scales,
+        seeds or [None] * len(scales), strict=True,
     )  # fmt: skip
     found = [
         fallback.linear(x, weight, layout, bias, a, b, scale, dropout, seed, None, None)
@@ -79,7 +79,7 @@ def _fallback_bwd(
     need_x, *others = needs
     grad_x, found = None, []
     seeds = seeds or [None] * len(scales)
-    for i, (weight, layout) in enumerate(_split(weights, layouts)):
+    for i, (weight, layout) in enumerate(split_weights(weights, layouts)):
         need_bias, need_a, need_b = others[3 * i : 3 * i + 3]
         result = fallback.linear_bwd(
             grads[i], x, downs[i], weight, layout, biases[i], lora_a[i], lora_b[i], scales[i],
@@ -104,6 +104,8 @@ _siblings_bwd_op = _native.define(
     _fake_bwd,
     _fallback_bwd,
 )
+_native.register_triton("qlora", "siblings")
+_native.register_triton("qlora", "siblings_bwd")
 
 
 class _Siblings(torch.autograd.Function):
