@@ -105,12 +105,16 @@ def markdown(rows: Sequence[Row]) -> str:
         "| case | contender | ms | time / baseline | peak MiB | of floor |",
         "|---|---|---:|---|---:|---:|",
     ]
+    on_gpu = any("host_us" in row.facts for row in rows)
+    if on_gpu:  # what it costs without its launches, and what they cost the host
+        lines[-2:] = [f"{lines[-2]} graph ms | host µs |", f"{lines[-1]}---:|---:|"]
     for group, some in by_case(rows):
         for row in some:
             if row.contender.startswith("floor:"):
                 continue
-            name, p50, _, ratio, peak, _, share, *_, note = cells(row)
-            lines.append(f"| {group} | {name} | {p50 or note} | {ratio} | {peak} | {share} |")
+            name, p50, _, ratio, peak, _, share, graph, host, *_, note = cells(row)
+            line = f"| {group} | {name} | {p50 or note} | {ratio} | {peak} | {share} |"
+            lines.append(f"{line} {graph} | {host} |" if on_gpu else line)
     return "\n".join(lines) + "\n"
 
 

@@ -15,25 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peftkern.kernels.qlora_paths import Tile
-from torch import Tensor
 
-from peftkern import qlora
 from peftkern.kernels import qlora_paths as paths
 
-from .check import relative_error
 from .statistics import quantile
 from .timing import Clock
+from .tune_problems import Problem, Timer
 
-Call = Callable[[], Tensor]
-Timer = Callable[[Call, int], float]  # the seconds of a call, by so many measurements of it
+Tile = paths.Tile
+Problems = Callable[[str, int], Problem]
 Table = dict[str, Any]  # of one device, in the form of the user's file
 
 BITS = 16
 SHAPES = ((4096, 4096), (14336, 4096))  # outputs and inputs, of Llama 3 8B
-RANK = 16
-# By what an entry of a table is for: the rows that stand for it.
-ROWS: dict[int | None, int] = {16: 16, 32: 32, 64: 64, None: 256}
+# The rows that stand for any number: panels take over from the product, and the others train.
+MANY = {"gemm": 256, "down": 2048, "lora_bwd": 2048, "grad_a": 2048}
 CROSSOVERS = (32, 48, 64, 96, 128, 192, 256, 384, 512)
 # rows, outputs, inner, warps, stages: those that a GPU of today has registers and memory for.
 CANDIDATES: dict[str, dict[int | None, tuple[Tile, ...]]] = {
@@ -62,48 +58,22 @@ CANDIDATES: dict[str, dict[int | None, tuple[Tile, ...]]] = {
             Tile(16, 64, 256, 4, 3),
         ),
     },
+    "lora_bwd": {
+        None: (
+            Tile(32, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 4, 3),
+            Tile(128, 128, 64, 8, 3),
+        ),
+    },
+    "grad_a": {
+        None: (
+            Tile(32, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 4, 3),
+            Tile(128, 128, 64, 8, 3),
+        ),
+    },
 }  # fmt: skip
 GAIN = 0.98  # of the incumbent's time, below which another must be: what lies between is noise
 FINALISTS = 2
 ROUNDS, FINAL_ROUNDS = 3, 15
-TOLERANCE = 2e-2  # a bfloat16 product with sums in any order is within a few times 2^-9
-
-
-class Problem:
-    """What one entry of a table is for: a kernel and so many rows, on every shape."""
-
-    def __init__(
-        self, kernel: str, count: int, shapes: Sequence[tuple[int, int]], device: torch.device
-    ) -> None:
-        generator = torch.Generator(device).manual_seed(0)
-        draw = partial(torch.randn, generator=generator, device=device)
-        self.calls: list[tuple[Call, Tensor]] = []  # with what it has to give
-        for outputs, inputs in shapes:
-            x = draw(count, inputs).bfloat16()
-            if kernel == "down":
-                from peftkern.kernels import qlora_forward  # and Triton with it
-
-                right = draw(RANK, inputs).bfloat16() / inputs**0.5
-                call = partial(qlora_forward.lora_down, x, right, 0.0, None, None, None)
-            else:
-                weight = qlora.quantize(draw(outputs, inputs) / inputs**0.5)
-                right = weight.dequantize(torch.float32)
-                call = partial(qlora.linear, x, weight)
-            self.calls.append((call, x.float() @ right.float().t()))
-
-    def seconds(self, path: str, timer: Timer, tile: Tile, rounds: int) -> float:
-        """Infinite where the tile does not fit the device, or its result is off."""
-        total = 0.0
-        for call, truth in self.calls:
-            with paths.forced(path, tile):
-                try:
-                    error = relative_error(call(), truth)
-                except Exception:  # too many registers or bytes, in the words of whoever notices
-                    return float("inf")
-                if not error <= TOLERANCE:
-                    return float("inf")
-                total += timer(call, rounds)
-        return total
 
 
 def timer_on(device: torch.device) -> Timer:
@@ -142,17 +112,21 @@ def table_tile(kernel: str, count: int, device: torch.device) -> Tile:
 
 
 def search_tiles(
-    kernel: str, problem: Callable[[str, int], Problem], timer: Timer, device: torch.device
+    kernel: str, problem: Problems, timer: Timer, device: torch.device, end: float
 ) -> list[Any]:
+    """A whole list: where time is up, the entries that are left keep the table's tile."""
     found = []
     for limit, candidates in CANDIDATES[kernel].items():
-        count = ROWS[limit]
-        seconds = partial(problem(kernel, count).seconds, "gemm", timer)
-        found.append([limit, list(fastest(table_tile(kernel, count, device), candidates, seconds))])
+        count = limit or MANY[kernel]
+        tile = table_tile(kernel, count, device)
+        if time.monotonic() < end:
+            seconds = partial(problem(kernel, count).seconds, "gemm", timer)
+            tile = fastest(tile, candidates, seconds)
+        found.append([limit, list(tile)])
     return found
 
 
-def search_crossover(tiles: list[Any], problem: Callable[[str, int], Problem], timer: Timer) -> int:
+def search_crossover(tiles: list[Any], problem: Problems, timer: Timer) -> int:
     table = [(limit, Tile(*fields)) for limit, fields in tiles]
     took: dict[str, list[float]] = {"gemm": [], "panels": []}
     for count in CROSSOVERS:
@@ -169,19 +143,19 @@ def tune(
     shapes: Sequence[tuple[int, int]] = SHAPES,
     timer: Timer | None = None,
 ) -> Table:
-    """Searches, and keeps each finding in `file` at once; `limit` seconds, then it ends early.
+    """Searches, and keeps each finding in `file` at once; after `limit` seconds it comes to an end.
 
     Returns:
         What it found for this device.
     """
-    start, timer = time.monotonic(), timer or timer_on(device)
+    end, timer = time.monotonic() + limit, timer or timer_on(device)
     problem = partial(Problem, shapes=shapes, device=device)
     found: Table = {"crossover": {}, "tiles": {}}
     for kernel in CANDIDATES:
-        if time.monotonic() - start > limit:
+        if time.monotonic() >= end:
             break
         name = f"{kernel} {BITS}"
-        found["tiles"][name] = search_tiles(kernel, problem, timer, device)
+        found["tiles"][name] = search_tiles(kernel, problem, timer, device, end)
         if kernel == "gemm":
             found["crossover"][str(BITS)] = search_crossover(found["tiles"][name], problem, timer)
         keep(found, paths.device_key(device), file)

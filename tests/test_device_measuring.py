@@ -145,6 +145,9 @@ def test_rows_of_a_gpu_show_host_and_graph(monkeypatch: pytest.MonkeyPatch) -> N
     assert {"12.3", "0.5"} <= set(table.cells(row))
     captured = replace(row, facts={"host_us": 1.0, "graph": "RuntimeError: no"})
     assert "RuntimeError: no" in table.cells(captured)
+    heading, _, *lines = table.markdown([row, captured]).splitlines()[-4:]
+    assert heading.endswith("| graph ms | host µs |") and lines[0].endswith("| 0.5 | 12.3 |")
+    assert all(line.count("|") == heading.count("|") for line in lines)
 
 
 def test_launches_are_measured_for_those_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:

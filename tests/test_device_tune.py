@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from peftkern import _native
-from peftkern.bench import tune
+from peftkern.bench import tune, tune_problems
 from peftkern.cli import main
 
 pytest.importorskip("triton", reason="needs triton")
 from peftkern.kernels import qlora_paths as paths  # noqa: E402
-from peftkern.kernels.qlora_paths import Tile  # noqa: E402
+
+Tile = paths.Tile
 
 CPU = torch.device("cpu")
 SHAPES = ((48, 64), (16, 64))
@@ -84,14 +85,14 @@ def test_a_search_finds_what_the_clock_says_and_the_tables_read_it(
 ) -> None:
     best = {kernel: {limit: some[-1] for limit, some in c.items()} for kernel, c in CHOICES.items()}
     monkeypatch.setattr(tune, "CANDIDATES", CHOICES)
-    monkeypatch.setattr(tune, "ROWS", {16: 16, None: 24})
+    monkeypatch.setattr(tune, "MANY", dict.fromkeys(CHOICES, 24))
     monkeypatch.setattr(tune, "CROSSOVERS", (8, 12, 24))
     wanted = [tile for some in best.values() for tile in some.values()]
 
-    def timer(call: Callable[[], Tensor], rounds: int) -> float:
+    def timer(call: Callable[[], tuple[Tensor, ...]], rounds: int) -> float:
         if paths._forced_path == "panels":
             return 1.1
-        return len(call()) / 10 * (1.0 if paths._forced_tile in wanted else 2.0)
+        return len(call()[0]) / 10 * (1.0 if paths._forced_tile in wanted else 2.0)
 
     file = tmp_path / "cache" / "tiles.json"
     found = tune.tune(CPU, file, shapes=SHAPES, timer=timer)
@@ -108,17 +109,24 @@ def test_a_search_finds_what_the_clock_says_and_the_tables_read_it(
     assert paths.crossover(gpu, torch.bfloat16) == (12, "measured on this machine")
 
 
+@pytest.mark.parametrize("kernel", tune.CANDIDATES)
+def test_each_kernel_is_timed_on_what_it_gets_right(interpreted: None, kernel: str) -> None:
+    problem = tune_problems.Problem(kernel, 20, SHAPES, CPU)
+    tile = Tile(16, 16, 16, 1, 1, 1)
+    assert problem.seconds("gemm", lambda call, rounds: 1.0, tile, 1) == len(SHAPES)
+
+
 def test_a_result_that_is_off_drops_out(interpreted: None) -> None:
-    problem = tune.Problem("gemm", 4, SHAPES, CPU)
+    problem = tune_problems.Problem("gemm", 4, SHAPES, CPU)
     tile = CHOICES["gemm"][16][0]
     assert problem.seconds("gemm", lambda call, rounds: 1.0, tile, 1) == len(SHAPES)
     call, truth = problem.calls[1]
-    problem.calls[1] = call, truth * 1.1
+    problem.calls[1] = call, tuple(t * 1.1 for t in truth)
     assert problem.seconds("gemm", lambda call, rounds: 1.0, tile, 1) == float("inf")
 
 
 def test_a_tile_that_does_not_fit_drops_out(interpreted: None) -> None:
-    problem = tune.Problem("down", 4, SHAPES, CPU)
+    problem = tune_problems.Problem("down", 4, SHAPES, CPU)
     odd = Tile(16, 16, 48, 1, 1, 1)  # tiles of other sides than powers of two are refused
     assert problem.seconds("gemm", lambda call, rounds: 1.0, odd, 1) == float("inf")
 
@@ -126,6 +134,21 @@ def test_a_tile_that_does_not_fit_drops_out(interpreted: None) -> None:
 def test_time_that_is_up_ends_the_search(tmp_path: Path) -> None:
     found = tune.tune(CPU, tmp_path / "tiles.json", limit=-1.0, timer=lambda call, rounds: 1.0)
     assert found == {"crossover": {}, "tiles": {}} and not (tmp_path / "tiles.json").exists()
+
+
+def test_what_time_did_not_allow_keeps_the_tile_of_the_table(
+    interpreted: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "CANDIDATES", {"down": CHOICES["gemm"]})
+    now = iter([0.0, 1.0, 2.0, 9.0])
+    monkeypatch.setattr(tune.time, "monotonic", lambda: next(now))
+
+    def timer(call: Callable[[], tuple[Tensor, ...]], rounds: int) -> float:
+        return 1.0 if paths._forced_tile == CHOICES["gemm"][16][-1] else 2.0
+
+    found = tune.tune(CPU, tmp_path / "tiles.json", limit=5.0, shapes=SHAPES, timer=timer)
+    table = tune.table_tile("down", tune.MANY["down"], CPU)
+    assert found["tiles"]["down 16"] == [[16, list(CHOICES["gemm"][16][-1])], [None, list(table)]]
 
 
 def test_the_file_keeps_what_was_not_searched(tmp_path: Path) -> None:
@@ -152,7 +175,7 @@ def test_every_candidate_is_a_tile_that_triton_takes() -> None:
     for kernel, limits in tune.CANDIDATES.items():
         assert f"{kernel} {tune.BITS}" in paths.TILES and list(limits)[-1] is None
         for limit, tiles in limits.items():
-            assert limit in tune.ROWS and len(set(tiles)) == len(tiles)
+            assert (limit or tune.MANY[kernel]) and len(set(tiles)) == len(tiles)
             for tile in tiles:
                 sides = (tile.rows, tile.outputs, tile.inner, tile.warps)
                 assert all(side & (side - 1) == 0 for side in sides) and min(sides[:3]) >= 16

@@ -189,7 +189,7 @@ PARTS = {
     "tests": Part(tests, 180),
     "sanitizers": Part(sanitizers, 120),
     "instructions": Part(instructions, 60),
-    "tiles": Part(tiles, 120),
+    "tiles": Part(tiles, 150),
     "benchmark": Part(benchmark, 480),
     "results": Part(results, 60),
 }
