@@ -1,10 +1,9 @@
 """What is measured on a GPU, with CPU stand-ins for what only a GPU has."""
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,14 +32,39 @@ CPU = torch.device("cpu")
 rows_of_the_toy = cache(toy_rows)
 
 
+class Bench:
+    """A device and a host on one clock, which nothing but calls and flushes moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, call_seconds: float) -> None:
+        self.now = 0.0
+        self.log = ""
+        self.call_seconds = call_seconds
+        monkeypatch.setattr(timing, "default_timer", lambda: self.now)
+        monkeypatch.setattr(gpu.time, "perf_counter", lambda: self.now)
+
+    def call(self) -> None:
+        self.log += "c"
+        self.now += self.call_seconds
+
+    def flush(self) -> None:
+        self.log += "f"
+        self.now += 1.0
+
+    def clock(self) -> timing.Clock:
+        clock = timing.Clock(CPU, partial(Event, self))
+        clock.flush = self.flush  # type: ignore[assignment]
+        return clock
+
+
 class Event:
     """Stands in for torch.cuda.Event."""
 
-    def __init__(self, enable_timing: bool) -> None:
+    def __init__(self, bench: Bench, enable_timing: bool) -> None:
         assert enable_timing
+        self.bench = bench
 
     def record(self) -> None:
-        self.seconds = time.perf_counter()
+        self.seconds = self.bench.now
 
     def synchronize(self) -> None:
         pass
@@ -49,42 +73,18 @@ class Event:
         return 1e3 * (end.seconds - self.seconds)
 
 
-class Flush:
-    """Stands in for a flush; it takes long, and no call's time may show it."""
-
-    def __init__(self, log: list[str]) -> None:
-        self.log = log
-
-    def __call__(self) -> None:
-        self.log.append("flush")
-        time.sleep(1e-3)
+def test_each_call_finds_the_cache_flushed_and_its_time_is_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench(monkeypatch, call_seconds=timing.FLUSH_SECONDS / 2)
+    assert bench.clock()([bench.call], 0, 3) == pytest.approx(bench.call_seconds)
+    assert bench.log == "c" + 3 * "ffc", "once to learn what a call costs the host"
 
 
-def test_each_call_finds_the_cache_flushed_and_its_time_is_its_own() -> None:
-    log: list[str] = []
-
-    def call() -> None:
-        log.append("call")
-        time.sleep(5e-4)
-
-    clock = timing.Clock(CPU, Event)
-    clock.flush = Flush(log)  # type: ignore[assignment]
-    seconds = clock([call], 0, 3)
-    first, *timed = "".join(word[0] for word in log).split("c")
-    assert first == "" and len(timed) == 4, "once to learn what a call costs the host"
-    assert all(len(flushes) >= 1 + 5e-4 / timing.FLUSH_SECONDS for flushes in timed[:3])
-    assert 5e-4 <= seconds < 1e-3
-
-
-def test_a_longer_call_is_hidden_behind_more_flushes() -> None:
-    log: list[str] = []
-    clock = timing.Clock(CPU, Event)
-    clock.flush = Flush(log)  # type: ignore[assignment]
-    clock([lambda: None], 0, 1)
-    few = len(log)
-    log.clear()
-    clock([lambda: time.sleep(1e-2)], 0, 1)
-    assert len(log) > 10 * few
+def test_a_longer_call_is_hidden_behind_more_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch, call_seconds=9.5 * timing.FLUSH_SECONDS)
+    bench.clock()([bench.call], 0, 1)
+    assert bench.log == "c" + 11 * "f" + "c"
 
 
 def test_a_flush_does_nothing_on_a_cpu() -> None:
@@ -99,16 +99,14 @@ def test_a_cache_that_keeps_lines_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         gpu.Flush(torch.device("cuda"))
 
 
-def test_the_host_is_timed_apart_from_the_replay() -> None:
-    replays: list[int] = []
+def test_the_host_is_timed_apart_from_the_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, replays = Bench(monkeypatch, call_seconds=1e-3), []
 
     def capture(call: Callable[[], object]) -> Callable[[], object]:
         return lambda: replays.append(1)
 
-    facts = gpu.launch_facts(
-        lambda: time.sleep(1e-3), lambda call: call() or 2e-6, capture, lambda: None
-    )
-    assert 1e3 <= facts["host_us"] < 1e4 and facts["graph_ms"] == pytest.approx(2e-3)
+    facts = gpu.launch_facts(bench.call, lambda call: call() or 2e-6, capture, lambda: None)
+    assert facts["host_us"] == pytest.approx(1e3) and facts["graph_ms"] == pytest.approx(2e-3)
     assert len(replays) == gpu.GRAPH_ROUNDS
 
 
@@ -234,19 +232,6 @@ def test_what_parts_left_behind_becomes_one_file(tmp_path: Path) -> None:
 def test_nothing_measured_is_a_results_file_too(tmp_path: Path) -> None:
     assert collected.collect(tmp_path, tmp_path / "results.json") == 0
     assert record.load(tmp_path / "results.json") == []
-
-
-@pytest.mark.parametrize("name", list(qlora_gpu.jobs("cpu", quick=True)))
-def test_every_contender_of_the_gpu_cases_is_right(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        harness, "QUICK", timing.Plan(rounds=2, min_rounds=2, seconds=0.1, round_seconds=1e-6)
-    )
-    monkeypatch.setattr(qlora_gpu.peers, "compiled", qlora_gpu.peers.dense)  # it takes long here
-    rows = list(qlora_gpu.jobs("cpu", quick=True)[name]())
-    bad = {r.contender: f"{r.status}: {r.note}" for r in rows if r.status in ("wrong", "failed")}
-    assert not bad
 
 
 @pytest.fixture
