@@ -179,6 +179,21 @@ def test_the_help_names_every_part():
     assert answer.returncode == 0 and all(name in answer.stdout for name in device_parts.PARTS)
 
 
+def test_files_that_lack_a_peer_are_left_out_and_others_are_not(tmp_path):
+    bodies = {
+        "test_peer.py": "from no_such_peer.nn import Layer\n",
+        "test_helped.py": "import helper\n",
+        "helper.py": "import no_such_peer\n",
+        "test_broken.py": "import peftkern.no_such_part\n",
+        "test_fine.py": "def test_it():\n    pass\n",
+    }
+    for name, body in bodies.items():
+        (tmp_path / name).write_text(body)
+    job = Job(tmp_path / "state", False, 60)
+    found = device_parts.without_their_peers(job, sorted(tmp_path.glob("test_*.py")))
+    assert found == {"test_peer.py": "no_such_peer", "test_helped.py": "no_such_peer"}
+
+
 DRY = ("sanitizers", "instructions", "tiles", "results")  # those that take little time
 
 

@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 from job import ROOT, Failed, Job, Part, PassedOver
 
@@ -62,30 +64,28 @@ def _architecture(job: Job) -> str:
 
 def tests(job: Job) -> str:
     """Those of qlora that take a device, on the GPU; without one its kernels, interpreted."""
-    folder = ROOT / "tests"
+    files = sorted((ROOT / "tests").glob("test_kernels_qlora*.py"))
     pytest: list[object] = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    pytest += sorted(folder.glob("test_kernels_qlora*.py"))
     left_out: dict[str, str] = {}
     if not job.dry:
-        pytest += ["-k", "cuda", *sorted(folder.glob("test_qlora*.py"))]
-        left_out = _without_their_peers(job, pytest)
-        pytest += [f"--ignore={file}" for file in left_out]
-        pytest += ["-n", 4] if _has(job, "xdist") else []
+        files += sorted((ROOT / "tests").glob("test_qlora*.py"))
+        left_out = without_their_peers(job, files)
+        pytest += ["-k", "cuda", *(["-n", 4] if _has(job, "xdist") else [])]
+    pytest += [file for file in files if file.name not in left_out]
     text = job.python(*pytest, PEFTKERN_EXAMPLES="1" if job.dry else "5")
     lacking = f"; {len(left_out)} files left out, without {', '.join({*left_out.values()})}"
     return text.strip().splitlines()[-1].strip("= ") + lacking * bool(left_out)
 
 
-def _without_their_peers(job: Job, pytest: list[object]) -> dict[str, str]:
+def without_their_peers(job: Job, files: Sequence[Path]) -> dict[str, str]:
     """Test files that import a package which is not installed here, and which one that is."""
     try:
-        text = job.python(*pytest, "--collect-only")
+        text = job.python("-m", "pytest", "-q", "--collect-only", *files)
     except Failed as failure:
         text = failure.text
-    found = re.findall(
-        r"ERROR collecting (\S+) (?:(?!ERROR collecting).)*?No module named '(\w+)", text, re.DOTALL
-    )
-    return {file: module for file, module in found if module != "peftkern"}
+    errors = text.split("ERROR collecting ")[1:]
+    found = [re.match(r".*?(\w+\.py).*No module named '(\w+)", e, re.DOTALL) for e in errors]
+    return {match[1]: match[2] for match in found if match and match[2] != "peftkern"}
 
 
 def _has(job: Job, module: str) -> bool:
