@@ -37,11 +37,51 @@ def device(request):
     return torch.device(request.param)
 
 
-@pytest.fixture(params=_native.available_isas() or ("none",))
-def isa(request):
-    """Every instruction set that this machine and this build have."""
-    if request.param == "none":
-        yield request.param
+# What can stand in for the CPU's kernels: Triton's in its interpreter, and those in CUDA in the
+# emulator, along with the launchers that call them. Both are slow, so they try few examples.
+STAND_INS = {
+    "triton": _native.launchers if os.environ.get("TRITON_INTERPRET") == "1" else {},
+    "emulated": _native.launchers | _native.emulated if _native.emulated else {},
+}
+FEW = settings(max_examples=min(5, settings.default.max_examples))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "ops(*names): whatever has these ops is a case of `isa`")
+
+
+def pytest_generate_tests(metafunc):
+    """`isa`: every instruction set of this machine and this build, then what else has the ops.
+
+    A test says by `pytest.mark.ops` which ones it is about; without that it is about the CPU's.
+    """
+    if "isa" not in metafunc.fixturenames:
+        return
+    mark = metafunc.definition.get_closest_marker("ops")
+    ops = set(mark.args) if mark else set()
+    # Steps that only GPUs take serve in the emulator alone; Triton has ways around them.
+    called = {op for op in ops if "cpu" in _native._devices[op]}
+    names = [*(_native.available_isas() or ("none",))]
+    if called and STAND_INS["triton"].keys() >= called:
+        names.append("triton")
+    if ops & _native.emulated.keys() and STAND_INS["emulated"].keys() >= ops:
+        names.append("emulated")
+    metafunc.parametrize("isa", names, indirect=True)
+
+
+@pytest.fixture
+def isa(request, monkeypatch):
+    """The CPU's kernels of one instruction set, or what stands in for them."""
+    name = request.param
+    if name == "none":
+        yield name
+    elif name in STAND_INS:
+        # Where hypothesis keeps a test's settings; it has no other way for one parameter alone.
+        monkeypatch.setattr(
+            request.function, "_hypothesis_internal_use_settings", FEW, raising=False
+        )
+        with _native.Instead(STAND_INS[name]):
+            yield name
     else:
-        with _native.using_isa(request.param):
-            yield request.param
+        with _native.using_isa(name):
+            yield name

@@ -21,6 +21,8 @@ ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "comp
 # Of decode's main loop: 64 rows by 256 columns a turn, among 256 threads.
 WEIGHTS_A_TURN = 64
 
+DTYPES = {"f": "f32", "d": "f64", "NS_4bf16": "half", "NS_4fp16": "half"}
+
 MATRIX = ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128")
 PLAIN = ("FFMA", "LDGSTS.E.BYPASS.128")
 WIDE_LOADS, WIDE_STORES = ("LDG.E.128",), ("STG.E.128",)
@@ -42,7 +44,7 @@ class Gate(NamedTuple):
 # scale, whether scales are nested, and rows of x.
 GATES = {
     "quantize half": Gate(32, 128, WIDE_LOADS),
-    "quantize f32": Gate(32, 128, WIDE_LOADS),
+    "quantize f32": Gate(40, 128, WIDE_LOADS),
     "quantize f64": Gate(40, 128, WIDE_LOADS),
     "quantize_rows half": Gate(32, 32, WIDE_LOADS),
     "quantize_rows f32": Gate(32, 32, WIDE_LOADS),
@@ -53,6 +55,31 @@ GATES = {
     "dequantize_rows half": Gate(32, 0, WIDE_STORES),
     "dequantize_rows f32": Gate(32, 0, WIDE_STORES),
     "dequantize_rows f64": Gate(32, 0, WIDE_STORES),
+    "decode half 4 64 0 8": Gate(80, 0, MATRIX, 2.9),
+    "decode half 4 64 1 8": Gate(80, 0, MATRIX, 3.2),
+    "decode half 4 64 0 16": Gate(120, 0, MATRIX, 3.4),
+    "decode half 4 64 1 16": Gate(120, 0, MATRIX, 3.7),
+    "decode half 4 32 0 8": Gate(96, 0, MATRIX, 3.5),
+    "decode half 4 32 1 8": Gate(128, 0, MATRIX, 3.8),
+    "decode half 4 32 0 16": Gate(128, 0, MATRIX, 4.2),
+    "decode half 4 32 1 16": Gate(128, 0, MATRIX, 4.7),
+    "decode half 4 16 0 8": Gate(128, 0, MATRIX, 4.4),
+    "decode half 4 16 1 8": Gate(128, 0, MATRIX, 5.0),
+    "decode half 4 16 0 16": Gate(128, 0, MATRIX, 5.3),
+    "decode half 4 16 1 16": Gate(128, 0, MATRIX, 6.1),
+    "decode half 8 64 0 8": Gate(80, 0, MATRIX, 4.1),
+    "decode half 8 64 0 16": Gate(96, 0, MATRIX, 4.3),
+    "decode f32 4 64 0 4": Gate(128, 0, PLAIN, 8.0),
+    "decode f32 4 64 1 4": Gate(128, 0, PLAIN, 8.4),
+    "decode f32 4 32 0 4": Gate(128, 0, PLAIN, 9.5),
+    "decode f32 4 32 1 4": Gate(128, 0, PLAIN, 10.0),
+    "decode f32 4 16 0 4": Gate(120, 0, PLAIN, 11.4),
+    "decode f32 4 16 1 4": Gate(128, 0, PLAIN, 12.1),
+    "decode f32 8 64 0 4": Gate(128, 0, PLAIN, 8.7),
+    "decode_any half": Gate(80, 0, ("FFMA",)),
+    "decode_any f32": Gate(80, 0, ("FFMA",)),
+    "join half": Gate(32, 0, ("LDG.E",)),
+    "join f32": Gate(32, 0, ("LDG.E",)),
 }
 
 
@@ -137,10 +164,8 @@ def number(pattern, text):
 def readable(mangled):
     """The kernel's name and its template's arguments, as GATES spells them."""
     name, arguments = re.search(r"\d\d([a-z_]+)_kernelI(.*?)EEv", mangled).groups()
-    arguments = re.sub(r"^NS_4(bf16|fp16)E?", "half ", arguments)
-    arguments = re.sub(r"^f", "f32 ", re.sub(r"^d", "f64 ", arguments))
-    numbers = re.findall(r"L[ib](\d+)", arguments)
-    return " ".join([name, arguments.split()[0], *numbers])
+    (dtype,) = (new for old, new in DTYPES.items() if arguments.startswith(old))
+    return " ".join([name, dtype, *re.findall(r"L[ib](\d+)E", arguments)])
 
 
 def test_every_kernel_stays_within_its_row(kernels):

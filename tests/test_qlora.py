@@ -18,6 +18,7 @@ SIZES = st.integers(1, 70)
 ANY_FORMAT = st.sampled_from(FORMATS)
 
 
+@pytest.mark.ops("qlora_quantize")
 @given(
     shape=st.lists(st.integers(0, 40), min_size=1, max_size=3),
     block_size=st.sampled_from([16, 32, 64, 256, 4096]),
@@ -32,6 +33,7 @@ def test_quantize_is_the_reference(isa, shape, block_size, dtype, format):
     assert torch.equal(found.packed, packed) and torch.equal(found.absmax, absmax)
 
 
+@pytest.mark.ops("qlora_dequantize")
 @given(
     shape=st.lists(st.integers(0, 40), min_size=1, max_size=3),
     block_size=st.sampled_from([16, 32, 64, 256, 4096]),
@@ -45,6 +47,7 @@ def test_dequantize_is_the_reference(isa, shape, block_size, nested, dtype, form
     assert torch.equal(qlora.dequantize(weight, dtype), truth.to(dtype))
 
 
+@pytest.mark.ops("qlora_decode")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_pattern_survives_the_way_to_float_and_back(isa, dtype):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
@@ -54,6 +57,7 @@ def test_every_16_bit_pattern_survives_the_way_to_float_and_back(isa, dtype):
     assert torch.equal(~same, bias.isnan()) and torch.equal(y.isnan(), bias.isnan())
 
 
+@pytest.mark.ops("qlora_decode")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_floats_are_rounded_to_16_bits_as_torch_rounds(isa, dtype):
     bits = torch.randint(-(2**31), 2**31, (2**16,)).to(torch.int32)
@@ -66,6 +70,7 @@ def test_floats_are_rounded_to_16_bits_as_torch_rounds(isa, dtype):
     assert torch.equal(y[~y.isnan()], wanted[~wanted.isnan()])
 
 
+@pytest.mark.ops("qlora_linear", "qlora_decode")
 @given(
     rows=SIZES,
     columns=st.one_of(SIZES, st.sampled_from([64, 128, 192, 576])),
@@ -147,6 +152,7 @@ def test_the_fallback_is_the_reference(rows, columns, inputs, grouped, format):
         assert_as_good(y, reference.linear, x, weight.dequantize(), *rest)
 
 
+@pytest.mark.ops("qlora_linear", "qlora_decode")
 @pytest.mark.parametrize("inputs", [1, 40])
 def test_values_that_are_not_finite_come_through(isa, inputs):
     x, weight, *_ = sample(8, 128, inputs, 4)
@@ -160,6 +166,7 @@ def test_values_that_are_not_finite_come_through(isa, inputs):
     assert y[:, 2].isnan().all() and not y[:, [0, 1, 3, 4, 5, 6, 7]].isnan().any()
 
 
+@pytest.mark.ops("qlora_linear", "qlora_decode")
 def test_the_worked_example_of_the_layer(isa):
     """Two rows of 32, by hand in float64: y, s, t and every gradient."""
     rows = ["1f30415263748596a7b8c9daebfc0d1e", "809dbad7f4112e4b6885a2bfdcf91633"]
@@ -206,6 +213,7 @@ def test_dropout_drops_the_same_elements_on_every_kernel(isa, dtype):
         assert abs(seen.float().mean() - (1 - p)) < 0.1
 
 
+@pytest.mark.ops("qlora_linear", "qlora_decode")
 @pytest.mark.parametrize("shape", [(4, 96), (4, 80), (64, 48), (4, 32)])
 def test_blocks_that_straddle_rows(isa, shape):
     """Here bitsandbytes reads the wrong scales on AVX-512."""
@@ -218,6 +226,7 @@ def test_blocks_that_straddle_rows(isa, shape):
         assert_as_good(qlora.linear(x, weight), reference.linear, x, truth)
 
 
+@pytest.mark.ops("qlora_quantize", "qlora_dequantize")
 @given(
     columns=SIZES,
     block_size=st.sampled_from([16, 64]),
@@ -233,6 +242,7 @@ def test_quantizing_twice_is_quantizing_once(isa, columns, block_size, dtype, fo
         assert torch.equal(again.packed, once.packed)
 
 
+@pytest.mark.ops("qlora_dequantize")
 @pytest.mark.parametrize("format", FORMATS)
 def test_values_are_linear_in_their_scale(isa, format):
     weight = quantized(torch.randn(9, 64), format)

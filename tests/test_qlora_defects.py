@@ -51,6 +51,7 @@ def blocks_straddle_rows(decode, shape):
 STRADDLING = [(4, 96), (4, 80), (64, 48), (4, 32)]
 
 
+@pytest.mark.ops("qlora_linear", "qlora_decode")
 @pytest.mark.parametrize("shape", STRADDLING)
 def test_a_row_of_broken_blocks_has_its_own_scales(isa, shape):
     blocks_straddle_rows(decoded_by_us, shape)

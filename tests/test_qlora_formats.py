@@ -53,6 +53,7 @@ def near_the_limits():
     return torch.cat([limits, *near, -limits, *(-n for n in near)]).clamp(-1, 1).tolist()
 
 
+@pytest.mark.ops("qlora_quantize")
 @given(
     values=st.lists(
         st.one_of(st.sampled_from(near_the_limits()), st.floats(-1, 1, width=32)),
@@ -126,6 +127,7 @@ def test_flushing_subnormal_numbers_changes_no_code(isa, format):
     assert torch.equal(plain.packed, flushed.packed)
 
 
+@pytest.mark.ops("qlora_quantize")
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_zeros_nans_and_infinities_stay_in_their_block(isa, format, nested):
@@ -138,6 +140,7 @@ def test_zeros_nans_and_infinities_stay_in_their_block(isa, format, nested):
             assert not dense[:32].isfinite().any() and torch.equal(dense[32:], block(1.0))
 
 
+@pytest.mark.ops("qlora_quantize")
 def test_int8_has_the_published_codes(isa):
     weight = quantize(torch.tensor([[1, -0.5, 0.25, 0.004], [2, 1, -3, 0.5]]), "int8")
     assert weight.packed.tolist() == [[127, -64, 32, 1], [85, 42, -127, 21]]
@@ -194,6 +197,7 @@ def test_int8_decodes_to_the_values_of_bitsandbytes(isa, rows, columns, seed):
         assert torch.equal(dequantize(weight, dtype), dense.to(dtype))
 
 
+@pytest.mark.ops("qlora_quantize")
 def test_int8_rows_of_zeros_nans_and_infinities_stay_alone(isa):
     weight = torch.ones(6, 20)
     weight[0], weight[1, 3], weight[2, 5], weight[3] = 0, float("nan"), -float("inf"), 1e-39
@@ -206,6 +210,7 @@ def test_int8_rows_of_zeros_nans_and_infinities_stay_alone(isa):
     assert not found.packed[:3].any()
 
 
+@pytest.mark.ops("qlora_quantize")
 def test_int8_of_experts_is_each_experts_own(isa):
     weight = normal((3, 5, 33))
     whole = quantize(weight, "int8")
@@ -214,6 +219,7 @@ def test_int8_of_experts_is_each_experts_own(isa):
     assert torch.equal(whole.dequantize(), parts)
 
 
+@pytest.mark.ops("qlora_quantize", "qlora_dequantize")
 def test_a_format_of_ones_own_needs_a_codebook_alone(isa):
     """Its thresholds are the midpoints of the sorted values, whatever the order of the codes."""
     values = [0.0, 1.0, -1.0, 0.5, -0.5, 0.25, -0.25, 0.75, -0.75, 0.1, -0.1, 0.3, 0.6, 0.9]
@@ -275,6 +281,7 @@ def bits_of(value):
     return struct.unpack("<I", struct.pack("<f", value))[0]
 
 
+@pytest.mark.ops("qlora_dequantize")
 def test_fp4_keeps_the_zero_that_a_file_gives_to_code_8(isa):
     """bitsandbytes' map says +0 and its CUDA kernel decodes to -0; a file's map is what counts."""
     weight = quantize(block(1.0, -1e-4), "fp4", 32)

@@ -197,6 +197,7 @@ def test_bytes_that_lie_between_two_floats_load_too(offset):
     assert torch.equal(raw(layer.weight), raw(source.weight))
 
 
+@pytest.mark.ops("qlora_linear", "qlora_decode")
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 @pytest.mark.parametrize("offset", [1, 2, 3])
 def test_codes_may_lie_at_any_address(isa, format, offset):
@@ -208,7 +209,9 @@ def test_codes_may_lie_at_any_address(isa, format, offset):
     moved = replace(weight, packed=there)
     for rows in (1, 40):
         x = torch.randn(rows, COLUMNS)
-        assert torch.equal(qlora.linear(x, moved), qlora.linear(x, weight))
+        # On a GPU another kernel takes such codes, and adds in another order.
+        exact = {} if isa in ("triton", "emulated") else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(qlora.linear(x, moved), qlora.linear(x, weight), **exact)
     assert torch.equal(moved.dequantize(), weight.dequantize())
 
 

@@ -33,6 +33,7 @@ def block(*values, size=32):
     return torch.tensor([*values, *[0.0] * (size - len(values))])
 
 
+@pytest.mark.ops("qlora_quantize")
 @given(
     shape=SHAPES,
     block_size=st.sampled_from(READ_BLOCK_SIZES),
@@ -48,6 +49,7 @@ def test_the_bytes_are_those_of_bitsandbytes(isa, shape, block_size, dtype, seed
     assert (ours.shape, ours.dtype) == (state.shape, state.dtype) == (weight.shape, dtype)
 
 
+@pytest.mark.ops("qlora_quantize")
 @pytest.mark.parametrize("block_size", READ_BLOCK_SIZES)
 @pytest.mark.parametrize("shape", [(128, 4096), (65, 129), (8193,)])
 def test_the_bytes_are_those_of_bitsandbytes_over_many_blocks(isa, block_size, shape):
@@ -142,6 +144,7 @@ def test_nested_scales_have_the_published_values():
     assert torch.equal(ones.dequantize(), torch.ones(64, 64))
 
 
+@pytest.mark.ops("qlora_quantize")
 @pytest.mark.parametrize("nested", [False, True])
 def test_zeros_are_zeros_everywhere(isa, nested):
     for count in (32, 33, 40):
@@ -152,12 +155,14 @@ def test_zeros_are_zeros_everywhere(isa, nested):
     assert tail.absmax.tolist() == [1.0, 0.0]  # bitsandbytes: 1e-38
 
 
+@pytest.mark.ops("qlora_quantize")
 def test_magnitudes_without_a_finite_reciprocal_are_zeros(isa):
     weight = quantize(block(1e-39, -2e-39), "nf4", 32)
     assert weight.absmax.tolist() == [0.0]
     assert torch.equal(weight.dequantize(), torch.zeros(32))
 
 
+@pytest.mark.ops("qlora_quantize")
 def test_a_nan_makes_its_block_nan_and_no_other(isa):
     values = torch.cat([block(1.0, float("nan"), 3.0), block(1.0)])
     weight = quantize(values, "nf4", 32)
@@ -166,6 +171,7 @@ def test_a_nan_makes_its_block_nan_and_no_other(isa):
     assert dense[:32].isnan().all() and torch.equal(dense[32:], block(1.0))
 
 
+@pytest.mark.ops("qlora_quantize")
 def test_an_infinity_is_the_scale_of_its_block(isa):
     values = torch.cat([block(1.0, float("inf")), block(1.0)])
     weight = quantize(values, "nf4", 32)
@@ -175,6 +181,7 @@ def test_an_infinity_is_the_scale_of_its_block(isa):
     assert not dense[:32].isfinite().any() and torch.equal(dense[32:], block(1.0))
 
 
+@pytest.mark.ops("qlora_quantize", "qlora_dequantize")
 @given(
     shape=SHAPES,
     block_size=st.sampled_from(READ_BLOCK_SIZES),

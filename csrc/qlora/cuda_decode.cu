@@ -2,17 +2,23 @@
 //
 // Floor: the weight's bytes, rows * columns * (bits / 8 + the scales' share), at the memory's rate;
 // x, y and the partial sums are small beside them. In the time of a weight of 4 bits in blocks of
-// 64 (0.5625 bytes) an H200 issues some 3.7 instructions a weight and lane. Decoding takes 1.5 of
-// them, an extraction of two and a load for a pair of values; the matrix unit 1/8, for up to 8
-// rows. Shared memory moves 128 bytes a cycle and multiprocessor, or 3.5 a weight: 2 are for the
-// lookups, 1 for codes on their way in and out, up to 1/2 for 8 rows of x. That is why a lane has
-// four rows of the weight for each of its columns of x, and why lookups have no conflicts.
+// 64 (0.5625 bytes) an H200 has some 3.7 issue slots a weight and lane, 3.4 where scales are
+// nested. The main loop takes 2.9 and 3.2 of them for up to 8 rows of x, 3.4 and 3.7 for up to 16,
+// as counted in what is compiled for sm_90a (tests/test_gates_cuda.py holds them there): 1.5 for
+// the lookup of a pair of values, 1/8 for each 8 rows in the matrix unit, the rest for a turn's
+// copies and scales. Shared memory moves 128 bytes a cycle and multiprocessor, or 3.5 a weight in
+// that time: 2 are for lookups, 1 for codes on their way in and out, up to 1/2 for each 8 rows of
+// x. That is why a lane has four rows of the weight for each of its columns, and why lookups have
+// no conflicts. Codes of 8 bits (1 byte, 6.6 slots) take 4.1 and 4.2.
 #include "common/launch.h"
 #include "qlora/cuda_decode_finish.h"
 #include "qlora/cuda_decode_sums.h"
 
 namespace peftkern::qlora {
 namespace {
+
+// What a block may take on sm_86, sm_89 and sm_120, the least of all that we build for.
+constexpr int kMostShared = 99 << 10;
 
 // grid (rows / kTileRows, splits, inputs / kMost), block (kDecodeThreads), shared Plan::bytes: sums
 // of a tile's rows over a split's stages, for up to kMost rows of x. With one split they become y.
@@ -139,6 +145,7 @@ bool lies_in_runs(const DeviceWeight& weight) {
 template <typename T, typename Layout, int kMost>
 cudaError_t decode_tiles(const DeviceWeight& weight, const Decode<T>& io, float* workspace,
                          cudaStream_t stream) {
+  static_assert(Plan<T, Layout, kMost>::bytes(kMost) <= kMostShared);
   const dim3 grid(ceil_divide(weight.rows, kTileRows), static_cast<unsigned>(io.splits),
                   ceil_divide(io.inputs, kMost));
   const int inputs = io.inputs < kMost ? static_cast<int>(io.inputs) : kMost;
