@@ -233,7 +233,10 @@ def gemm(
     limit = dropout_limit(dropout)
     drops = seed is not None and limit != 0
     rank = 0 if low is None or (drops and limit is None) else low.shape[-1]
-    tile = paths.tile("gemm", x.device, x.dtype, inputs)
+    aligned = block_size == 0 or columns % block_size == 0
+    tile = paths.tile("grad_x" if over_rows else "gemm", x.device, x.dtype, inputs)
+    if not aligned:
+        tile = tile._replace(**paths.STRADDLING)
     programs = row_tiles(inputs, experts, tile.rows), triton.cdiv(outputs, tile.outputs)
     splits = paths.splits(tile, programs[0] * programs[1], terms, x.device) if has_base else 1
     parts = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
@@ -254,7 +257,7 @@ def gemm(
         BITS=bits,
         BLOCK_SIZE=block_size,
         NESTED=len(weight) > 3,
-        ALIGNED=block_size == 0 or columns % block_size == 0,
+        ALIGNED=aligned,
         EVEN=terms % tile.inner == 0 and (not over_rows or columns % tile.outputs == 0),
         BLOCK_M=tile.rows,
         BLOCK_N=tile.outputs,

@@ -61,11 +61,26 @@ TILES: dict[str, dict[str, Rows]] = {
     "gemm 16": {
         "any": (
             (16, Tile(16, 64, 128, 4, 4)),
-            (32, Tile(32, 64, 64, 4, 4)),
+            (32, Tile(32, 64, 128, 4, 3)),
             (64, Tile(64, 64, 64, 4, 4)),
-            (None, Tile(128, 64, 64, 4, 3)),
+            (None, Tile(128, 128, 64, 8, 3)),
+        ),
+        "sm90": (
+            (16, Tile(16, 64, 128, 4, 4)),
+            (32, Tile(32, 64, 128, 4, 3)),
+            (64, Tile(64, 64, 128, 4, 3)),
+            (None, Tile(128, 128, 64, 8, 3)),
         ),
     },
+    # Of the gradient of x outputs are the weight's columns: a wide tile reads whole sectors.
+    "grad_x 16": {
+        "any": (
+            (32, Tile(32, 128, 64, 4, 3)),
+            (64, Tile(64, 128, 64, 8, 3)),
+            (None, Tile(128, 128, 64, 8, 3)),
+        ),
+    },
+    "grad_x 32": {"any": ((None, Tile(32, 32, 32, 4, 2)),)},
     "gemm 32": {"any": ((16, Tile(16, 32, 32, 4, 2)), (None, Tile(32, 32, 32, 4, 2)))},
     "down 16": {"any": ((16, Tile(16, 64, 128, 4, 4)), (None, Tile(64, 64, 64, 4, 4)))},
     "down 32": {"any": ((None, Tile(16, 32, 32, 4, 2)),)},
@@ -78,6 +93,9 @@ TILES: dict[str, dict[str, Rows]] = {
     "grad_weight 16": {"any": ((None, Tile(64, 128, 128, 8, 3)),)},
     "grad_weight 32": {"any": ((None, Tile(32, 64, 64, 4, 2)),)},
 }
+# Where blocks straddle rows: each weight has its scale looked up, which larger tiles have no
+# registers for.
+STRADDLING = {"outputs": 32, "inner": 32, "warps": 4, "stages": 2}
 # Each program costs time of its own in the interpreter, whatever its size.
 INTERPRETED = Tile(32, 32, 64, 4, 1, 1)
 

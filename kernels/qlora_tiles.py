@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NESTED_BLOCK = tl.constexpr(256)
+NESTED_BLOCK = tl.constexpr(256)  # scales that share a scale
+NESTED_VALUES = tl.constexpr(256)  # of a scale's code
 # The interpreter multiplies bfloat16 as if its bits were integers, and cuts off where a GPU rounds:
 # `dot` and `narrow` make up for both, and are plain operations when compiled.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -45,6 +46,13 @@ def load(place, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
+def gather(table_ptr, COUNT: tl.constexpr, index):
+    """table[index] of a table of COUNT numbers, out of shared memory and not by a load for each."""
+    table = tl.load(table_ptr + tl.arange(0, COUNT))
+    return tl.reshape(tl.gather(table, tl.ravel(index).to(tl.int32), 0), index.shape)
+
+
+@triton.jit
 def decode_scales(
     block,  # numbers of blocks, any shape, int64
     inside,  # which of them there are
@@ -58,7 +66,8 @@ def decode_scales(
     """absmax[block] in float32; a nested one is a product and a sum, each rounded."""
     scale = load(absmax_ptr + block, inside, EVEN)
     if NESTED:
-        scale = tl.load(nested_map_ptr + scale.to(tl.int32))
+        # A load by these codes would pass for the weight's own and shape the product for 8 bits.
+        scale = gather(nested_map_ptr, NESTED_VALUES, scale)
         scale *= load(nested_absmax_ptr + block // NESTED_BLOCK, inside, EVEN)
         scale += tl.load(nested_offset_ptr)
     return scale
@@ -95,40 +104,59 @@ def decode_tile(
     k = column + tl.arange(0, BLOCK_K)[None, :]
     first = (expert.to(tl.int64) * rows + n)[:, None]  # counted over all experts
     if BITS == 0:
-        value = load(weight_ptr + first * columns + k, k < columns, EVEN)
-        return narrow(value.to(tl.float32), dtype) if value.dtype != dtype else value
+        value = load(weight_ptr + first * columns + k, k < columns, EVEN).to(tl.float32)
     elif BITS == 8:
         code = load(weight_ptr + first * columns + k, k < columns, EVEN)
         # A division that rounds to nearest, as everywhere else; `/` is off by an ulp on a GPU.
-        scale = tl.div_rn(tl.load(absmax_ptr + first), 127.0)
-        return narrow(code.to(tl.float32) * scale, dtype)
-    elif ALIGNED:
-        pair = column // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
-        byte = load(weight_ptr + first * (columns // 2) + pair, pair < columns // 2, EVEN)
-        code = tl.reshape(tl.join(byte >> 4, byte & 15), (BLOCK_N, BLOCK_K))
-        # One load for as many weights as share a scale.
-        SCALES: tl.constexpr = BLOCK_K // BLOCK_SIZE if BLOCK_K > BLOCK_SIZE else 1
-        block = column // BLOCK_SIZE + tl.arange(0, SCALES)[None, :]
-        per_row = columns // BLOCK_SIZE
-        scale = decode_scales(
-            first * per_row + block, block < per_row, absmax_ptr, nested_absmax_ptr,
-            nested_map_ptr, nested_offset_ptr, NESTED, EVEN,
-        )  # fmt: skip
-        if SCALES > 1:
-            wide = tl.broadcast_to(scale[:, :, None], (BLOCK_N, SCALES, BLOCK_K // SCALES))
-            scale = tl.reshape(wide, (BLOCK_N, BLOCK_K))
+        value = code.to(tl.float32) * tl.div_rn(tl.load(absmax_ptr + first), 127.0)
     else:
-        element = first * columns + k
-        byte = load(weight_ptr + element // 2, k < columns, EVEN)
-        code = tl.where(element % 2 == 0, byte >> 4, byte & 15)
-        scale = decode_scales(
-            element // BLOCK_SIZE, k < columns, absmax_ptr, nested_absmax_ptr, nested_map_ptr,
-            nested_offset_ptr, NESTED, EVEN,
-        )  # fmt: skip
-    # Gathered, not loaded: a pipelined loop would copy each value by an instruction of its own.
-    flat = tl.reshape(code, (BLOCK_N * BLOCK_K,)).to(tl.int32)
-    value = tl.gather(tl.load(codebook_ptr + tl.arange(0, 16)), flat, 0)
-    return narrow(tl.reshape(value, (BLOCK_N, BLOCK_K)) * scale, dtype)
+        if ALIGNED:
+            pair = column // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
+            byte = load(weight_ptr + first * (columns // 2) + pair, pair < columns // 2, EVEN)
+            code = tl.reshape(tl.join(byte >> 4, byte & 15), (BLOCK_N, BLOCK_K))
+            # One load for as many weights as share a scale.
+            SCALES: tl.constexpr = BLOCK_K // BLOCK_SIZE if BLOCK_K > BLOCK_SIZE else 1
+            block = column // BLOCK_SIZE + tl.arange(0, SCALES)[None, :]
+            per_row = columns // BLOCK_SIZE
+            scale = decode_scales(
+                first * per_row + block, block < per_row, absmax_ptr, nested_absmax_ptr,
+                nested_map_ptr, nested_offset_ptr, NESTED, EVEN,
+            )  # fmt: skip
+            if SCALES > 1:
+                wide = tl.broadcast_to(scale[:, :, None], (BLOCK_N, SCALES, BLOCK_K // SCALES))
+                scale = tl.reshape(wide, (BLOCK_N, BLOCK_K))
+        else:
+            element = first * columns + k
+            byte = load(weight_ptr + element // 2, k < columns, EVEN)
+            code = tl.where(element % 2 == 0, byte >> 4, byte & 15)
+            scale = decode_scales(
+                element // BLOCK_SIZE, k < columns, absmax_ptr, nested_absmax_ptr, nested_map_ptr,
+                nested_offset_ptr, NESTED, EVEN,
+            )  # fmt: skip
+        # A pipelined loop would copy what is loaded here by an instruction for each weight.
+        value = gather(codebook_ptr, 16, code) * scale
+    return narrow(value, dtype)
+
+
+@triton.jit
+def philox(seed, counter):
+    """The four words of Philox 4x32-10 for these counters (uint64), as in reference.philox.
+
+    A round takes both halves of each product, so that it is one wide multiplication; Triton's own
+    asks for them one by one, in twice the instructions.
+    """
+    a, b = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    c = tl.zeros_like(a)
+    d = tl.zeros_like(a)
+    first, second = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        left, right = a.to(tl.uint64) * 0xD2511F53, c.to(tl.uint64) * 0xCD9E8D57
+        a = (right >> 32).to(tl.uint32) ^ b ^ first
+        c = (left >> 32).to(tl.uint32) ^ d ^ second
+        b, d = right.to(tl.uint32), left.to(tl.uint32)
+        first = tl.add(first, 0x9E3779B9, sanitize_overflow=False)
+        second = tl.add(second, 0xBB67AE85, sanitize_overflow=False)
+    return a, b, c, d
 
 
 @triton.jit
@@ -143,22 +171,20 @@ def keep_tile(
     BLOCK_K: tl.constexpr,
 ):
     """Which elements of x [rows, columns] dropout keeps: reference.dropout's, bit for bit."""
-    seed = tl.load(seed_ptr)
+    seed = tl.load(seed_ptr).to(tl.uint64)
     limit = threshold.to(tl.uint32, bitcast=True)
-    first = row.to(tl.int64)[:, None] * columns + column
+    first = row.to(tl.uint64)[:, None] * columns + column
     if WHOLE_QUADS:
-        quad = first // 4 + tl.arange(0, BLOCK_K // 4)[None, :]
-        zero = tl.zeros((BLOCK_M, BLOCK_K // 4), tl.uint32)
-        low, high = (quad & 0xFFFFFFFF).to(tl.uint32), (quad >> 32).to(tl.uint32)
-        a, b, c, d = tl.philox(seed, low, high, zero, zero)
-        pairs = tl.join(tl.join(a >= limit, c >= limit), tl.join(b >= limit, d >= limit))
-        return tl.reshape(pairs, (BLOCK_M, BLOCK_K))
+        a, b, c, d = philox(seed, first // 4 + tl.arange(0, BLOCK_K // 4)[None, :])
+        # As bits of one number, since its way to where the elements lie is the dear part.
+        bits = (a >= limit).to(tl.int32) | ((b >= limit).to(tl.int32) << 1)
+        bits |= ((c >= limit).to(tl.int32) << 2) | ((d >= limit).to(tl.int32) << 3)
+        each = (bits[:, :, None] >> tl.arange(0, 4)[None, None, :]) & 1
+        return tl.reshape(each, (BLOCK_M, BLOCK_K)) != 0
     else:
         element = first + tl.arange(0, BLOCK_K)[None, :]
-        quad, lane = element // 4, element % 4
-        zero = tl.zeros((BLOCK_M, BLOCK_K), tl.uint32)
-        low, high = (quad & 0xFFFFFFFF).to(tl.uint32), (quad >> 32).to(tl.uint32)
-        a, b, c, d = tl.philox(seed, low, high, zero, zero)
+        a, b, c, d = philox(seed, element // 4)
+        lane = element % 4
         word = tl.where(lane == 0, a, tl.where(lane == 1, b, tl.where(lane == 2, c, d)))
         return word >= limit
 

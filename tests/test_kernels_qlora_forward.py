@@ -16,6 +16,7 @@ triton_qlora = pytest.importorskip("peftkern.kernels.qlora", reason="needs trito
 from peftkern.kernels import qlora_panels as panels  # noqa: E402
 from peftkern.kernels import qlora_paths as paths  # noqa: E402
 from peftkern.kernels.qlora_forward import lora_down  # noqa: E402
+from peftkern.kernels.qlora_gemm import gemm  # noqa: E402
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SIZES = st.integers(1, 70)
@@ -108,6 +109,38 @@ def test_expert_linear_is_the_reference(
     y = run(x, base, *rest, offsets, adapter, path=path, tile=tile)
     truth = base if dense else weight.dequantize(torch.float32)
     assert_as_good(y, reference.expert_linear, x, truth, offsets, *rest, adapter)
+
+
+@pytest.mark.parametrize("path", ["gemm", "panels"])
+@given(
+    rows=SIZES,
+    columns=COLUMNS,
+    inputs=st.integers(0, 40),
+    nested=st.booleans(),
+    dtype=DTYPES,
+    p=st.sampled_from([0.0, 0.25, 1.0]),
+    format=st.sampled_from(FORMATS),
+    tile=st.sampled_from(TILES),
+)
+def test_the_same_products_give_the_gradient_of_x(
+    device, path, rows, columns, inputs, nested, dtype, p, format, tile
+):
+    _, weight, _, lora_a, _ = sample(rows, columns, inputs, 4, dtype, nested=nested, format=format)
+    grad, up = torch.randn(inputs, rows, dtype=dtype), torch.randn(inputs, 4)
+    weight, lora_a, grad, up, seed = on(device, weight, lora_a, grad, up, torch.tensor([5]))
+    out = torch.empty(inputs, columns, dtype=dtype, device=device)
+    rest = [*operands(weight), out]
+    with paths.forced(tile=tile):
+        if path == "gemm":
+            gemm(grad, *rest, None, up, lora_a, 0.5, None, None, p, seed, over_rows=True)
+        else:
+            panels.grad_x(grad, *rest, up, lora_a, 0.5, None, None, p, seed)
+
+    def plain(grad, dense, up, lora_a):
+        low = reference.dropout(up.to(grad.dtype) @ lora_a, p, seed)
+        return grad @ dense.to(grad.dtype) + 0.5 * low
+
+    assert_as_good(out, plain, grad, weight.dequantize(torch.float32), up, lora_a)
 
 
 @given(
