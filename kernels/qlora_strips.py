@@ -31,20 +31,18 @@ class Groups(NamedTuple):
         count: how many groups there are.
         offsets: `[count + 1]`; None where all rows are one group's.
         order: `[rows]`, the row at each position; None where it is the position itself.
-        adapter: `[rows]`, below zero where a row is no group's; None where each has its group.
     """
 
     count: int = 1
     offsets: Tensor | None = None
     order: Tensor | None = None
-    adapter: Tensor | None = None
 
 
 def by_adapter(adapter: Tensor, count: int) -> Groups:
-    """Rows in the order of their adapters; those of none come first."""
+    """Rows in the order of their adapters; those of none come first and are no group's."""
     ranked, order = adapter.sort(stable=True)
     names = torch.arange(count + 1, dtype=adapter.dtype, device=adapter.device)
-    return Groups(count, torch.searchsorted(ranked, names), order, adapter)
+    return Groups(count, torch.searchsorted(ranked, names), order)
 
 
 class Strips(NamedTuple):
@@ -86,7 +84,6 @@ def _add_parts(
     out_ptr,  # rows of `stride` elements, of which `width` are written, from `first` on
     item,
     items,
-    readable,
     part,  # the first
     parts,
     width,
@@ -96,16 +93,17 @@ def _add_parts(
 ):
     """out[item // width, first + item % width] = sum of parts[.., item], in their order."""
     lane = tl.arange(0, BLOCK_PARTS)
+    inside = item < items
     total = tl.zeros(item.shape, tl.float32)
     for start in range(0, parts, BLOCK_PARTS):
         terms = tl.load(
             parts_ptr + (part + start + lane).to(tl.int64)[:, None] * items + item[None, :],
-            mask=(start + lane < parts)[:, None] & readable[None, :],
+            mask=(start + lane < parts)[:, None] & inside[None, :],
             other=0,
         )
         total += tl.sum(terms, 0)
     to = out_ptr + item // width * stride + first + item % width
-    tl.store(to, narrow(total, out_ptr.dtype.element_ty), mask=item < items)
+    tl.store(to, narrow(total, out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -125,7 +123,6 @@ def _strips_of(group, offsets_ptr, groups, rows, strip_rows, BLOCK_G: tl.constex
 def finish_kernel(
     t_parts_ptr,  # [tiles, rows, width] float32, or None
     t_ptr,  # [rows, rank] float32
-    adapter_ptr,  # [rows], below zero where a row has no t; None where all have
     parts_ptr,  # [strips, outputs, width] float32, or None
     out_ptr,  # [groups, outputs, rank]
     bias_parts_ptr,  # [strips, outputs] float32, or None
@@ -155,12 +152,7 @@ def finish_kernel(
     if program < t_blocks:
         if t_parts_ptr is not None:
             item, items = program.to(tl.int64) * BLOCK + lane, tl.cast(rows, tl.int64) * width
-            readable = item < items
-            if adapter_ptr is not None:
-                readable &= tl.load(adapter_ptr + item // width, mask=readable, other=-1) >= 0
-            _add_parts(
-                t_parts_ptr, t_ptr, item, items, readable, 0, tiles, width, rank, first, BLOCK_PARTS
-            )
+            _add_parts(t_parts_ptr, t_ptr, item, items, 0, tiles, width, rank, first, BLOCK_PARTS)
     else:
         group = (program - t_blocks) // (blocks + bias_blocks)
         block = (program - t_blocks) % (blocks + bias_blocks)
@@ -170,7 +162,7 @@ def finish_kernel(
                 item, items = block.to(tl.int64) * BLOCK + lane, tl.cast(outputs, tl.int64) * width
                 out_ptr += group.to(tl.int64) * outputs * rank
                 _add_parts(
-                    parts_ptr, out_ptr, item, items, item < items,
+                    parts_ptr, out_ptr, item, items,
                     part, parts, width, rank, first, BLOCK_PARTS,
                 )  # fmt: skip
         else:
@@ -178,7 +170,7 @@ def finish_kernel(
                 item = (block - blocks).to(tl.int64) * BLOCK + lane
                 bias_ptr += group.to(tl.int64) * outputs
                 _add_parts(
-                    bias_parts_ptr, bias_ptr, item, outputs, item < outputs,
+                    bias_parts_ptr, bias_ptr, item, outputs,
                     part, parts, 1, 1, 0, BLOCK_PARTS,
                 )  # fmt: skip
 
@@ -197,7 +189,7 @@ def finish(
     programs = t_blocks + groups.count * (blocks + bias_blocks)
     if programs:
         finish_kernel[(programs,)](
-            *t, groups.adapter, *out, *bias, groups.offsets, tiles, *sizes,
+            *t, *out, *bias, groups.offsets, tiles, *sizes,
             t_blocks, blocks, bias_blocks, BLOCK=BLOCK_ITEMS, BLOCK_PARTS=BLOCK_PARTS,
             BLOCK_G=triton.next_power_of_2(groups.count),
         )  # fmt: skip

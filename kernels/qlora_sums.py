@@ -154,7 +154,10 @@ def lora_bwd(
     grad: Tensor, down: Tensor, lora_b: Tensor | None, scale: float, groups: Groups,
     t: Tensor | None, grad_b: Tensor | None, grad_bias: Tensor | None,
 ) -> None:  # fmt: skip
-    """Fills t `[rows, rank]` float32, grad_b and grad_bias: those that are given."""
+    """Fills t `[rows, rank]` float32, grad_b and grad_bias: those that are given.
+
+    A row that is no group's has no t: what stands there is not to be read.
+    """
     rows, outputs = grad.shape
     rank = 0 if t is None and grad_b is None else down.shape[1]
     if t is None and grad_b is None and grad_bias is None:
