@@ -3,9 +3,11 @@
 A case says how many bytes a call must read and write and how many operations it does (`Work`).
 Reading is timed over as many bytes and as many copies as the case reads, so that the floor finds
 its data in the same cache, or out of it; likewise writing. The rate of a matrix product is that of
-torch's own, on a square large enough to be at its best.
+torch's own, on a square large enough to be at its best. On a GPU, where the cache is flushed and
+memory carries both ways at once, one large copy stands for reading and writing.
 
     share = max(read / read rate, written / write rate, flops / GEMM rate) / time
+    share = max((read + written) / copy rate, flops / GEMM rate) / time         on a GPU
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from .timing import Calls
 # Below this a call costs more than its traffic, so a share would say nothing.
 SMALLEST_TRAFFIC = 1 << 20
 SMALLEST_FLOPS = 1 << 27
-GEMM_SIZE = 1536
+GEMM_SIZE = {"cpu": 1536, "cuda": 8192}
+COPY_BYTES = 512 << 20
 
 _read = _native.define(
     "bench_read(Tensor buffer) -> Tensor",
@@ -50,16 +53,13 @@ class Work:
 
 
 def read(buffer: Tensor) -> Tensor:
-    """Loads every byte of an uint8 buffer once. On GPUs torch's own sum is as fast as memory."""
-    return _read(buffer) if buffer.is_cpu else buffer.view(torch.float).sum()
+    """Loads every byte of an uint8 buffer once."""
+    return _read(buffer)
 
 
 def write(buffer: Tensor) -> None:
     """Stores every byte of an uint8 buffer once."""
-    if buffer.is_cpu:
-        _write(buffer)
-    else:
-        buffer.fill_(0x3F)
+    _write(buffer)
 
 
 def gemm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -73,20 +73,31 @@ class Floors:
         self.work = work
         self._amount: dict[str, int] = {}  # bytes or operations of one call
         self.calls: dict[str, Calls] = {}
+        if device.type == "cuda":
+            self._of_copying(device)
+        else:
+            self._of_reading_and_writing(copies, device)
+        if work.flops >= SMALLEST_FLOPS:
+            size = GEMM_SIZE[device.type]
+            square = partial(torch.randn, size, size, dtype=work.dtype, device=device)
+            call = partial(gemm, square(), square(), square())
+            self._add("gemm", 2 * size**3, [call] * copies)
+
+    def _of_copying(self, device: torch.device) -> None:
+        if self.work.read + self.work.written >= SMALLEST_TRAFFIC:
+            source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+            self._add("copy", 2 * COPY_BYTES, [partial(torch.empty_like(source).copy_, source)])
+
+    def _of_reading_and_writing(self, copies: int, device: torch.device) -> None:
         kernels: dict[str, tuple[Callable[[Tensor], object], int]] = {
-            "read": (read, work.read),
-            "write": (write, work.written),
+            "read": (read, self.work.read),
+            "write": (write, self.work.written),
         }
         for name, (kernel, size) in kernels.items():
             if size >= SMALLEST_TRAFFIC:
                 size -= size % 8
                 make = partial(torch.ones, size, dtype=torch.uint8, device=device)
                 self._add(name, size, [partial(kernel, make()) for _ in range(copies)])
-        if work.flops >= SMALLEST_FLOPS:
-            square = partial(torch.ones, GEMM_SIZE, GEMM_SIZE, dtype=work.dtype, device=device)
-            self._add(
-                "gemm", 2 * GEMM_SIZE**3, [partial(gemm, square(), square(), square())] * copies
-            )
 
     def _add(self, name: str, amount: int, calls: Calls) -> None:
         self._amount[name] = amount
@@ -102,7 +113,11 @@ class Floors:
         self, floors: dict[str, tuple[float, ...]], seconds: tuple[float, ...]
     ) -> tuple[str, float | None]:
         """The floor that binds, and the fraction of it that `seconds` reach, paired by round."""
-        wanted = {"read": self.work.read, "write": self.work.written, "gemm": self.work.flops}
+        work = self.work
+        wanted = {
+            "read": work.read, "write": work.written, "copy": work.read + work.written,
+            "gemm": work.flops,
+        }  # fmt: skip
         best: tuple[str, float | None] = ("", None)
         for name, times in floors.items():
             scale = wanted[name] / self._amount[name]

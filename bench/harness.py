@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
+from . import gpu
 from .check import FACTOR, Inputs, Oracle, objection, relative_error, tensors
 from .floors import Floors, Work
 from .footprint import footprint
 from .machine import this_run
 from .row import Row
 from .statistics import Ratio, paired_ratio
-from .timing import FULL, QUICK, Calls, Clock, Plan, Times, interleave
+from .timing import FULL, GPU, QUICK, Calls, Clock, Plan, Times, interleave
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,13 @@ def _timed(
     return replace(row, rate=amount / median / 1e9, unit=unit) if binding else row
 
 
+def _add_launches(entrant: _Entrant, clock: Clock, load: dict[str, Any]) -> None:
+    """What the launches of a call cost, and what is left of it without them."""
+    if entrant.calls:
+        facts = gpu.launch_facts(entrant.calls[0], lambda call: clock([call], 0, 1))
+        entrant.row = replace(entrant.row, facts=load | facts)
+
+
 def _floor_rows(blank: Row, times: Times, floors: Floors) -> Iterator[Row]:
     for name in floors.calls:
         yield replace(
@@ -203,10 +211,15 @@ def measure(
                 peak_mib=f.peak_mib, allocations=f.allocations, dispatched=f.dispatched,
             )  # fmt: skip
         floors = Floors(work or Work(), len(inputs), where)
-        plan = QUICK if quick else FULL
-        times, noise = _race(racing, baseline, floors, Clock(where), plan, seed)
+        clock = Clock(where)
+        plan = QUICK if quick else GPU if where.type == "cuda" else FULL
+        times, noise = _race(racing, baseline, floors, clock, plan, seed)
         for entrant in racing:
             entrant.row = _timed(entrant, times, floors, baseline, noise)
             entrant.check_shifted([seed % len(inputs)])
+        if where.type == "cuda":  # last, since a capture that fails may leave something behind
+            load = {"clock": gpu.state().get("clocks.sm", "")}  # while the device is still warm
+            for entrant in racing:
+                _add_launches(entrant, clock, load)
     yield from (e.row for e in entrants)
     yield from _floor_rows(blank, times, floors)

@@ -29,6 +29,8 @@ class Case:
     rank: int = 0
     beyond_cache: bool = False  # so many copies of the weight that no cache holds them all
     format: str = "nf4"
+    dtype: torch.dtype = torch.float32  # of activations and adapter
+    dropout: float = 0.0
 
     @property
     def packed_bytes(self) -> int:
@@ -38,24 +40,24 @@ class Case:
         return count + 4 * self.outputs
 
     def work(self, products: int = 1) -> Work:
-        ends = self.inputs + self.outputs
-        read = self.packed_bytes + 4 * self.rank * ends + 4 * self.rows * self.inputs
+        ends, size = self.inputs + self.outputs, self.dtype.itemsize
+        read = self.packed_bytes + size * (self.rank * ends + self.rows * self.inputs)
         base = 2 * self.rows * self.inputs * self.outputs
         adapter = 6 * self.rows * self.rank * ends
-        written = 4 * self.rows * self.outputs
-        return Work(products * read, products * written, products * base + adapter)
+        written = size * self.rows * self.outputs
+        return Work(products * read, products * written, products * base + adapter, self.dtype)
 
 
 PREFILL = (Case("attention 4096 x 4096, 512 rows", 4096, 4096, 512),)
 
 
-def weights(case: Case, copies: int) -> list[tuple[Tensor, ...]]:
+def weights(case: Case, copies: int, device: str = "cpu") -> list[tuple[Tensor, ...]]:
     """Weights that the format holds exactly, and an adapter that matters. Copies are one matrix,
     rolled by what shares a scale: other values in every place, without drawing and rounding them
     all.
     """
-    generator = torch.Generator().manual_seed(0)
-    draw = partial(torch.randn, generator=generator)
+    generator = torch.Generator(device).manual_seed(0)
+    draw = partial(torch.randn, generator=generator, device=device)
     dense = draw(case.outputs, case.inputs) / case.inputs**0.5
     if qlora.formats[case.format].in_blocks:
         dense = qlora.dequantize(qlora.quantize(dense, case.format, BLOCK_SIZE))
@@ -70,7 +72,7 @@ def weights(case: Case, copies: int) -> list[tuple[Tensor, ...]]:
         (draw(case.rank, case.inputs) / case.inputs**0.5, draw(case.outputs, case.rank) / 8)
         for _ in range(copies)
     ]
-    return [(*w, *ab) for w, ab in zip(frozen, adapters, strict=True)]
+    return [(*w, *(t.to(case.dtype) for t in ab)) for w, ab in zip(frozen, adapters, strict=True)]
 
 
 def _in_powers_of_two(dense: Tensor) -> Tensor:
@@ -83,11 +85,14 @@ def _in_powers_of_two(dense: Tensor) -> Tensor:
     return codes * step
 
 
-def sets(case: Case, quick: bool, *live: tuple[int, ...]) -> list[Inputs]:
-    """Inputs of a case, with live tensors of these shapes."""
+def sets(case: Case, quick: bool, *live: tuple[int, ...], device: str = "cpu") -> list[Inputs]:
+    """Inputs of a case, with live tensors of these shapes in its dtype."""
     copies = 2
     if case.beyond_cache and not quick:
         copies = max(copies, ceil(1.25 * last_level_cache() / case.packed_bytes))
-    generator = torch.Generator().manual_seed(1)
-    draw = partial(torch.randn, generator=generator)
-    return [Inputs(frozen, tuple(draw(s) for s in live)) for frozen in weights(case, copies)]
+    generator = torch.Generator(device).manual_seed(1)
+    draw = partial(torch.randn, generator=generator, device=device)
+    return [
+        Inputs(frozen, tuple(draw(shape).to(case.dtype) for shape in live))
+        for frozen in weights(case, copies, device)
+    ]

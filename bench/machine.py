@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
 from functools import cache
 from importlib import import_module
@@ -16,6 +17,7 @@ from pytest_benchmark.utils import get_commit_info
 
 from peftkern import _native
 
+from . import gpu
 from .row import Run
 
 CPU = Path("/sys/devices/system/cpu/cpu0")
@@ -30,15 +32,17 @@ def machine_info() -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": gpu.facts(),
     }
 
 
 @cache
 def commit_info() -> dict[str, Any]:
-    """Of the checkout one stands in; of the build where there is none."""
+    """Of the checkout one stands in; without one PEFTKERN_COMMIT, or what the build knows."""
     info: dict[str, Any] = get_commit_info("peftkern")
     if info["id"] in ("unversioned", "unknown"):
-        info["id"] = import_module("peftkern._build").commit
+        told = os.environ.get("PEFTKERN_COMMIT")
+        info["id"] = told or import_module("peftkern._build").commit
     return info
 
 

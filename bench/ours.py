@@ -13,28 +13,33 @@ from peftkern.qlora import reference
 from .layers import BLOCK_SIZE
 from .peers import SCALE
 
+SEED = 1  # of the elements that dropout drops, where the contender can be told
 
-def plain(x: Tensor, weight: Tensor, *adapter: Tensor) -> Tensor:
-    return reference.linear(x, weight, None, *adapter, scale=SCALE)
+
+def plain(x: Tensor, weight: Tensor, *adapter: Tensor, dropout: float = 0.0) -> Tensor:
+    seed = torch.tensor([SEED], device=x.device)
+    return reference.linear(x, weight, None, *adapter, scale=SCALE, p=dropout, seed=seed)
 
 
 def ours(
-    weight: Tensor, *adapter: Tensor, format: str = "nf4", block_size: int | None = BLOCK_SIZE
-) -> Callable[[Tensor], Tensor]:
+    weight: Tensor, *adapter: Tensor, format: str = "nf4", block_size: int | None = BLOCK_SIZE,
+    dropout: float = 0.0,
+) -> Callable[[Tensor], Tensor]:  # fmt: skip
     quantized = qlora.quantize(weight, format, block_size)
-    return lambda x: qlora.linear(x, quantized, None, *adapter, scale=SCALE)
+    drawn = {"dropout": dropout, "seed": torch.tensor([SEED], device=weight.device)}
+    return lambda x: qlora.linear(x, quantized, None, *adapter, scale=SCALE, **drawn)
 
 
-def our_layer(weight: Tensor, lora_a: Tensor, lora_b: Tensor, use_dora: bool = False) -> nn.Module:
+def our_layer(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, use_dora: bool = False, dropout: float = 0.0
+) -> nn.Module:
     rows, columns = weight.shape
     base = nn.Linear(columns, rows, bias=False, device="meta")
     base.weight = nn.Parameter(weight, requires_grad=False)
     r = len(lora_a)
     layer = QLoRALinear.from_linear(
         base, r=r, lora_alpha=SCALE * r, base="nf4", block_size=BLOCK_SIZE, nested=False,
-        use_dora=use_dora,
+        use_dora=use_dora, lora_dropout=dropout,
     )  # fmt: skip
-    with torch.no_grad():
-        layer.lora_A.copy_(lora_a)
-        layer.lora_B.copy_(lora_b)
+    layer.lora_A.data, layer.lora_B.data = lora_a.clone(), lora_b.clone()
     return layer

@@ -23,31 +23,40 @@ SCALE = 2.0
 Call = Callable[[Tensor], Tensor]
 
 
-def dense(weight: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None = None) -> Call:
+def dense(
+    weight: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None = None, dropout: float = 0.0
+) -> Call:
     """Two library calls where there is no adapter to add; what a careful user writes by hand."""
     if lora_a is None or lora_b is None:
         return lambda x: nn.functional.linear(x, weight)
-    return lambda x: nn.functional.linear(x, weight) + SCALE * (x @ lora_a.t() @ lora_b.t())
+
+    def call(x: Tensor) -> Tensor:
+        dropped = nn.functional.dropout(x, dropout) if dropout else x
+        return nn.functional.linear(x, weight) + SCALE * (dropped @ lora_a.t() @ lora_b.t())
+
+    return call
 
 
-def compiled(weight: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None = None) -> Call:
+def compiled(
+    weight: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None = None, dropout: float = 0.0
+) -> Call:
     torch._dynamo.reset()  # one contender's recompilations are not to count against the next
-    return torch.compile(dense(weight, lora_a, lora_b), fullgraph=True)
+    return torch.compile(dense(weight, lora_a, lora_b, dropout), fullgraph=True)
 
 
-def linear4bit(weight: Tensor, format: str = "nf4") -> nn.Module:
+def linear4bit(weight: Tensor, format: str = "nf4", nested: bool = False) -> nn.Module:
     """bitsandbytes' layer in training mode: in that mode it leaves its weight as it was packed."""
     import bitsandbytes
 
     layer = bitsandbytes.nn.Linear4bit(
         weight.shape[1], weight.shape[0], bias=False, compute_dtype=weight.dtype,
-        compress_statistics=False, quant_type=format,
+        compress_statistics=nested, quant_type=format,
     )  # fmt: skip
     layer.weight = bitsandbytes.nn.Params4bit(
         weight, requires_grad=False, quant_type=format, blocksize=BLOCK_SIZE,
-        compress_statistics=False, module=layer,
+        compress_statistics=nested, module=layer,
     )  # fmt: skip
-    return layer.to("cpu").train()
+    return layer.to(weight.device).train()
 
 
 def bitsandbytes_fresh(weight: Tensor, format: str = "nf4") -> Call:
@@ -84,30 +93,29 @@ def refuse_unless_repacked(layer: nn.Module) -> None:
 
 
 def peft_layer(
-    base: nn.Module, lora_a: Tensor, lora_b: Tensor, use_dora: bool = False
+    base: nn.Module, lora_a: Tensor, lora_b: Tensor, use_dora: bool = False, dropout: float = 0.0
 ) -> nn.Module:
     """peft's LoRA layer around `base`, as `get_peft_model` puts it in."""
     import peft
 
     config = peft.LoraConfig(
         r=lora_a.shape[0], lora_alpha=SCALE * lora_a.shape[0], target_modules=["linear"],
-        use_dora=use_dora,
+        use_dora=use_dora, lora_dropout=dropout,
     )  # fmt: skip
     model = nn.ModuleDict({"linear": base})
     model.is_loaded_in_4bit = hasattr(base, "quant_state")  # else peft wraps it as a plain linear
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a model that has no config of transformers'
         layer = peft.inject_adapter_in_model(config, model)["linear"].train(base.training)
-    with torch.no_grad():
-        layer.lora_A["default"].weight.copy_(lora_a)
-        layer.lora_B["default"].weight.copy_(lora_b)
+    layer.lora_A["default"].weight.data = lora_a.clone()
+    layer.lora_B["default"].weight.data = lora_b.clone()
     return layer
 
 
 def peft_bitsandbytes(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, use_dora: bool = False
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, use_dora: bool = False, dropout: float = 0.0
 ) -> nn.Module:
-    return peft_layer(linear4bit(weight), lora_a, lora_b, use_dora)
+    return peft_layer(linear4bit(weight), lora_a, lora_b, use_dora, dropout)
 
 
 def peft_dense(weight: Tensor, lora_a: Tensor, lora_b: Tensor, use_dora: bool = False) -> nn.Module:

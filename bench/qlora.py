@@ -19,7 +19,7 @@ from torch import Tensor
 from peftkern import qlora
 from peftkern.qlora import reference
 
-from . import peers
+from . import peers, qlora_gpu
 from .check import Inputs
 from .floors import Work
 from .harness import Contender, measure
@@ -46,10 +46,14 @@ INT8_ROWS = tuple(
     for count, rows in ((1, "1 row"), (512, "512 rows"))
 )
 IN_BF16 = tuple(
-    Case(f"bf16 4096 x 4096, {m} {'row' if m == 1 else 'rows'}", 4096, 4096, m)
+    Case(
+        f"bf16 4096 x 4096, {m} {'row' if m == 1 else 'rows'}", 4096, 4096, m, dtype=torch.bfloat16
+    )
     for m in (1, 2, 16, 64, 256, 512)
 )
-INT8_IN_BF16 = tuple(replace(case, name=f"{case.name}, x in bf16") for case in INT8_ROWS)
+INT8_IN_BF16 = tuple(
+    replace(case, name=f"{case.name}, x in bf16", dtype=torch.bfloat16) for case in INT8_ROWS
+)
 STORE = (Case("4096 x 4096", 4096, 4096, 1),)
 
 SHORT_LIST = (
@@ -115,13 +119,10 @@ def in_bf16(quick: bool) -> Iterator[Row]:
     }
     for cases, contenders in ((IN_BF16, nf4), (INT8_IN_BF16, int8)):
         for case in cases:
-            inputs = sets(case, quick, (case.rows, case.inputs))
-            live = [tuple(t.bfloat16() for t in s.live) for s in inputs]
             yield from measure(
                 "qlora", "linear", case.name, contenders,
-                [replace(s, live=x) for s, x in zip(inputs, live, strict=True)],
-                lambda weight, x: plain(x, weight), baseline="peftkern",
-                work=replace(case.work(), dtype=torch.bfloat16), quick=quick,
+                sets(case, quick, (case.rows, case.inputs)), lambda weight, x: plain(x, weight),
+                baseline="peftkern", work=case.work(), quick=quick,
             )  # fmt: skip
 
 
@@ -220,7 +221,9 @@ def _decode(
 
 def rows(device: str = "cpu", quick: bool = False) -> Iterator[Row]:
     if torch.device(device).type != "cpu":
-        raise ValueError(f"device must be cpu for qlora's benchmarks, got {device}")
+        for job in qlora_gpu.jobs(device, quick).values():
+            yield from job()
+        return
     parts = (
         decode, in_bf16, other_formats, decode_lora, input_gradients, training, training_dora, qkv,
         quantizing, dequantizing,

@@ -57,10 +57,10 @@ def run(
             raise ValueError(f"family must be one of {', '.join(known)}, got {name}")
     rows: list[Row] = []
     for name in families or known:
-        for row in known[name].rows(device, quick):
-            rows.append(row)
+        for found in known[name].rows(device, quick):
+            rows.append(found)
             if each is not None:
-                each(row)
+                each(found)
     if out is not None:
         save(rows, result_path(out, device) if out.is_dir() else out)
     return rows
@@ -109,15 +109,15 @@ def save(rows: Iterable[Row], path: Path) -> None:
     path.write_text(json.dumps(as_json(rows), indent=1) + "\n")
 
 
-def _row(facts: dict[str, Any], seconds: Iterable[float]) -> Row:
-    for key, kind in {"run": Run, "ratio": Ratio, "noise": Ratio}.items():
-        if facts[key] is not None:
-            facts[key] = kind(**facts[key])
-    return Row(**{**facts, "seconds": tuple(seconds)})
+def row(facts: dict[str, Any], seconds: Iterable[float] = ()) -> Row:
+    """What `asdict` made of a row; `seconds` where they were kept elsewhere."""
+    kinds = {"run": Run, "ratio": Ratio, "noise": Ratio}
+    made = {key: kind(**facts[key]) for key, kind in kinds.items() if facts[key] is not None}
+    return Row(**{**facts, **made, "seconds": tuple(seconds or facts.get("seconds", ()))})
 
 
 def load(path: Path) -> list[Row]:
     """The rows of a results file: those with times in the order of the run, then the others."""
     data = json.loads(path.read_text())
-    timed = [_row(b["extra_info"], b["stats"]["data"]) for b in data["benchmarks"]]
-    return timed + [_row(facts, ()) for facts in data["peftkern"]["untimed"]]
+    timed = [row(b["extra_info"], b["stats"]["data"]) for b in data["benchmarks"]]
+    return timed + [row(facts) for facts in data["peftkern"]["untimed"]]

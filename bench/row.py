@@ -42,11 +42,12 @@ class Row:
     dispatched: int | None = None
     rate: float | None = None
     unit: str = ""  # of `rate`: "GB/s" or "GFLOP/s"
-    floor: str = ""  # the binding one: "read", "write" or "gemm"
+    floor: str = ""  # the binding one: "read", "write", "gemm", or on a GPU "copy"
     share: float | None = None  # time at the floor / time
     baseline: str = ""
     ratio: Ratio | None = None  # time / time of the baseline, paired by round
     noise: Ratio | None = None  # the baseline against itself
+    # On a GPU: "host_us" a call, and "graph_ms" of its replay or, in "graph", why there is none.
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property

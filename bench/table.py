@@ -17,7 +17,7 @@ from .row import Row
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 HEADINGS = (
     "contender", "p50 ms", "p20 to p80", "time / baseline", "peak MiB", "rate", "of floor",
-    "error", "ops", "allocations", "note",
+    "graph ms", "host µs", "error", "ops", "allocations", "note",
 )  # fmt: skip
 
 
@@ -43,6 +43,8 @@ def cells(row: Row) -> tuple[str, ...]:
         "" if row.peak_mib is None else f"{row.peak_mib:.1f}",
         "" if row.rate is None else f"{row.rate:.4g} {row.unit}",
         "" if row.share is None else f"{row.share:.0%} {row.floor}",
+        f"{row.facts['graph_ms']:.4g}" if "graph_ms" in row.facts else row.facts.get("graph", ""),
+        f"{row.facts['host_us']:.1f}" if "host_us" in row.facts else "",
         "" if row.error is None else f"{row.error:.1e}",
         "" if row.dispatched is None else str(row.dispatched),
         "" if row.allocations is None else str(row.allocations),
@@ -103,12 +105,16 @@ def markdown(rows: Sequence[Row]) -> str:
         "| case | contender | ms | time / baseline | peak MiB | of floor |",
         "|---|---|---:|---|---:|---:|",
     ]
+    on_gpu = any("host_us" in row.facts for row in rows)
+    if on_gpu:  # what it costs without its launches, and what they cost the host
+        lines[-2:] = [f"{lines[-2]} graph ms | host µs |", f"{lines[-1]}---:|---:|"]
     for group, some in by_case(rows):
         for row in some:
             if row.contender.startswith("floor:"):
                 continue
-            name, p50, _, ratio, peak, _, share, *_, note = cells(row)
-            lines.append(f"| {group} | {name} | {p50 or note} | {ratio} | {peak} | {share} |")
+            name, p50, _, ratio, peak, _, share, graph, host, *_, note = cells(row)
+            line = f"| {group} | {name} | {p50 or note} | {ratio} | {peak} | {share} |"
+            lines.append(f"{line} {graph} | {host} |" if on_gpu else line)
     return "\n".join(lines) + "\n"
 
 

@@ -57,7 +57,8 @@ def lora_bwd_kernel(
     is_n, is_j = n < outputs, j < width
     sum_b = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     # A product with ones, since a sum over rows would pass numbers from lane to lane at each step.
-    sixteenths = tl.full((BLOCK_M, 16), 1 / 16, grad_ptr.dtype.element_ty)
+    # Triton 3.6's interpreter makes no constants in bfloat16.
+    sixteenths = tl.full((BLOCK_M, 16), 1 / 16, tl.float32).to(grad_ptr.dtype.element_ty)
     sum_bias = tl.zeros((BLOCK_N, 16), tl.float32)
     if t_parts_ptr is not None:
         from_b = lora_b_ptr + (group.to(tl.int64) * outputs + n)[:, None] * rank + first

@@ -54,6 +54,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     bench.add_argument("families", nargs="*", metavar="FAMILY", help="such as qlora; default: all")
     bench.add_argument("--quick", action="store_true", help="fewer cases and fewer rounds")
     bench.add_argument("--out", type=Path, metavar="PATH", help="where the results are written")
+    bench.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    bench.add_argument(
+        "--tune",
+        nargs="?",
+        type=float,
+        const=float("inf"),
+        metavar="SECONDS",
+        help="search this GPU's tiles instead, and keep them for this user",
+    )
     bench.set_defaults(command=_bench)
 
     arguments = parser.parse_args(argv)
@@ -134,6 +143,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     need("bench", "peftkern bench")
     from peftkern import bench
 
+    if arguments.tune is not None:
+        return _tune(arguments)
     known = bench.families()
     for name in arguments.families:
         if name not in known:
@@ -143,6 +154,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         arguments.families,
         quick=arguments.quick,
         out=arguments.out,
+        device=arguments.device,
         each=lambda row: print(f"{row.group}: {row.contender}, {row.status}", file=sys.stderr),
     )
     bench.show(rows)
@@ -151,3 +163,19 @@ def _bench(arguments: argparse.Namespace) -> int:
     for row in wrong:
         print(f"peftkern: {row.group}: {row.status}, {row.note}", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        print("peftkern: --tune must have a GPU, got none", file=sys.stderr)
+        return 1
+    from peftkern.bench import tune
+    from peftkern.kernels import qlora_paths
+
+    device, file = torch.device("cuda", 0), qlora_paths.own_file()
+    found = tune.tune(device, file, arguments.tune)
+    print(*tune.lines(found, qlora_paths.architecture(device)), sep="\n")
+    print(f"kept in {file}", file=sys.stderr)
+    return 0

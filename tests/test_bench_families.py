@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from peftkern import qlora
-from peftkern.bench import Row, harness, qlora_training, timing
+from peftkern.bench import Row, harness, peers, qlora_gpu, qlora_training, timing
 from peftkern.bench import model as model_bench
 from peftkern.bench import qlora as qlora_bench
 from peftkern.bench.layers import Case
@@ -54,6 +54,15 @@ def test_every_contender_of_qlora_is_right(
     # bitsandbytes' AVX-512 kernel takes wrong scales where rows are shorter than a block.
     known = {key for key in bad if "16 x 16" in key[0] and "bitsandbytes" in key[1]}
     assert not bad.keys() - known, bad
+
+
+@pytest.mark.parametrize("name", qlora_gpu.jobs("cpu", quick=True))
+def test_every_contender_on_a_gpu_is_right(
+    name: str, brief: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "compiled", peers.dense)  # compiling takes longer than all the rest
+    found = outcome(qlora_gpu.jobs("cpu", quick=True)[name]())
+    assert found and not any(said.startswith(("wrong", "failed")) for said in found.values()), found
 
 
 def test_every_contender_of_the_model_is_right(

@@ -132,7 +132,8 @@ def test_the_fallback_computes_the_same_gradients(experts, mixed, dense):
 def test_a_frozen_linear_keeps_no_activations():
     x, weight, bias, lora_a, lora_b = sample(8, 32, 4, 2)
     x.requires_grad_()
-    assert all(t is None or t is not x for t in qlora.linear(x, weight).grad_fn.saved_tensors)
+    y = qlora.linear(x, weight)  # torch 2.11 frees what is saved along with y
+    assert all(t is None or t is not x for t in y.grad_fn.saved_tensors)
     lora_a.requires_grad_()
     kept = qlora.linear(x, weight, bias, lora_a, lora_b).grad_fn.saved_tensors
     assert any(t is x for t in kept)

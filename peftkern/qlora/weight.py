@@ -121,7 +121,8 @@ class QuantizedWeight:
     def _with(self, **tensors: Tensor) -> QuantizedWeight:
         """As `dataclasses.replace` by tensors that fit, in a tenth of its time."""
         twin = object.__new__(QuantizedWeight)
-        vars(twin).update(vars(self), **tensors)
+        for name in QuantizedWeight.__dataclass_fields__:  # torch 2.11 cannot compile vars()
+            object.__setattr__(twin, name, tensors.get(name, getattr(self, name)))
         return twin
 
     def _check(self) -> None:
