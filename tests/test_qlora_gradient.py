@@ -135,7 +135,8 @@ def test_a_frozen_linear_keeps_no_activations():
     y = qlora.linear(x, weight)  # torch 2.11 frees what is saved along with y
     assert all(t is None or t is not x for t in y.grad_fn.saved_tensors)
     lora_a.requires_grad_()
-    kept = qlora.linear(x, weight, bias, lora_a, lora_b).grad_fn.saved_tensors
+    y = qlora.linear(x, weight, bias, lora_a, lora_b)
+    kept = y.grad_fn.saved_tensors
     assert any(t is x for t in kept)
 
 

@@ -187,7 +187,7 @@ def results(job: Job) -> str:
 PARTS = {
     "build": Part(build, 300),
     "selftest": Part(selftest, 60),
-    "tests": Part(tests, 180),
+    "tests": Part(tests, 240),
     "sanitizers": Part(sanitizers, 180),
     "instructions": Part(instructions, 60),
     "tiles": Part(tiles, 150),
