@@ -67,6 +67,16 @@ def test_a_block_that_has_no_reciprocal_is_zeros(device, size, scale):
     assert torch.equal(actual.absmax.cpu(), wanted.absmax)
 
 
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+def test_ties_take_the_code_that_they_take_on_the_cpu(device, format):
+    thresholds, _ = qlora.formats[format].tables(torch.device("cpu"))
+    beside = [torch.nextafter(thresholds, torch.full([15], end)) for end in (-2.0, 2.0)]
+    weight = torch.cat([thresholds, *beside, torch.tensor([1.0])])
+    with cuda(device):
+        actual = qlora.quantize(weight.to(device), format, 64)
+    assert torch.equal(actual.packed.cpu(), qlora.quantize(weight, format, 64).packed)
+
+
 @given(
     rows=st.integers(0, 5),
     columns=st.integers(0, 3000),
