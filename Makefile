@@ -76,14 +76,14 @@ emulated: $(VENV)/.test
 	  -k 'cuda.py or emulated'
 
 # The ops from Python, in an interpreter that knows nothing of sanitizers: their runtime has to be
-# there first. Leaks are Python's own.
+# there first. Leaks are Python's own. What ends the process must not lie in pytest's hands.
 pytest-sanitize: $(VENV)/.test
 	cmake -S . -B build/sanitize -G Ninja $(PACKAGE) -DPEFTKERN_SANITIZE=ON
 	cmake --build build/sanitize --target peftkern_ops peftkern_emulated
 	PEFTKERN_EXAMPLES=5 PEFTKERN_LIBRARY=build/sanitize/_ops.so \
 	  PEFTKERN_EMULATED_LIBRARY=build/sanitize/_emulated.so ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  python -m pytest tests/test_kernels_*_cuda.py tests/test_qlora*.py \
+	  python -m pytest --capture=sys tests/test_kernels_*_cuda.py tests/test_qlora*.py \
 	  -k 'not compile and not triton'
 
 $(VENV)/.torch:

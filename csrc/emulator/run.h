@@ -1,11 +1,10 @@
-// Runs a CUDA kernel on the host. To use it: compile the `.cu` as C++20 with -DPEFTKERN_EMULATED
-// and -Icsrc/emulator, link csrc/emulator/*.cpp; `launch` does the rest (CMakeLists.txt here has it
-// all).
+// Runs a CUDA kernel on the host, unmodified. To use it: `make emulated`, or after a change
+//   cmake --build build/emulated --target peftkern_emulated_races
+//   PEFTKERN_EMULATED_LIBRARY=build/emulated/_emulated_races.so python -m pytest -k emulated
 //
 // A fault is thrown as a Fault whose text names kernel, block, thread, lines and seed. Threads take
 // turns by lot: PEFTKERN_EMULATOR_SEED=<seed of the report> gives every launch those same turns.
-// Blocks run one after another, in an order drawn as well: one that waits for another waits
-// forever.
+// Blocks run one after another, in an order drawn as well: what waits for another waits forever.
 #pragma once
 #include <cuda_runtime.h>
 

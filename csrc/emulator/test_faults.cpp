@@ -1,4 +1,4 @@
-// Planted bugs, one for each class of fault (those of order stand in test_races.cpp, a wrong
+// Planted bugs, one for each class of fault (those of order stand in test_order.cpp, a wrong
 // fragment in test_fragments.cpp); each has to be caught, in words that lead to it. What the
 // sanitizers catch is asked for in their build, what the race detector catches in its own.
 #include <cmath>

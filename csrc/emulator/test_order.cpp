@@ -112,19 +112,19 @@ void a_read_before_the_copy_was_waited_for() {
   EXPECT(out == std::vector<float>(32, 2));
   const auto early = [&] { launch(early_kernel<1>, 1, 32, 1024, nullptr, in, out.data()); };
   if (kSanitized) {
-    EXPECT_DIES(early(), "use-after-poison", "early_kernel", "test_races.cpp:");
+    EXPECT_DIES(early(), "use-after-poison", "early_kernel", "test_order.cpp:");
   } else if (kRaces) {
     EXPECT_DIES(early(), "reads bytes ", "which a cp.async of thread (", "has not been waited for",
-                "test_races.cpp:");
+                "test_order.cpp:");
   } else {
     early();
     EXPECT(std::isnan(out[0]) && std::isnan(out[31]));
   }
   if (!kRaces) return;
   EXPECT_DIES(launch(another_kernel, 1, 32, 512, nullptr, in, out.data()),
-              "test_races.cpp:", "of shared dynamic_shared() at ");
+              "test_order.cpp:", "of shared dynamic_shared() at ");
   EXPECT_DIES(launch(overwritten_kernel, 1, 32, 512, nullptr, in, out.data()),
-              "test_races.cpp:", "with no barrier between");
+              "test_order.cpp:", "with no barrier between");
 }
 
 }  // namespace
