@@ -30,6 +30,7 @@ typedef int32_t I __attribute__((vector_size(4 * W)));
 typedef uint64_t U64 __attribute__((vector_size(4 * W)));  // W / 2 lanes
 
 PEFTKERN_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+PEFTKERN_INLINE int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
 PEFTKERN_INLINE F splat(float x) { return x - F{}; }
 PEFTKERN_INLINE U splat(uint32_t x) { return x - U{}; }
 

@@ -13,18 +13,21 @@ inline constexpr FewRowsKernels kRowsBf16{};
 
 #else
 
-inline constexpr int64_t kSide = 16;          // of a square of sums: rows of W, rows of x
-inline constexpr int64_t kSquare = 16 * 16;   // lanes of 32 bits in a tile
-inline constexpr int kPerLane = 4;            // codes in 16 bits; tiles in 16 rows of a chunk
-inline constexpr int64_t kAmxScales = 512;    // of a row
-inline constexpr int64_t kMostTogether = 64;  // rows of x: four squares are all that there are
-// For one row of x, few_rows takes as long; above the most, panels are faster.
-inline constexpr int64_t kMostFewRowsAmx = 1, kMostAmx = 256;
+inline constexpr int64_t kSide = 16;           // of a square of sums: rows of W, rows of x
+inline constexpr int64_t kSquare = 16 * 16;    // lanes of 32 bits in a tile
+inline constexpr int kPerLane = 4;             // codes in 16 bits; tiles in 16 rows of a chunk
+inline constexpr int64_t kAmxScales = 512;     // of a row
+inline constexpr int64_t kMostTogether = 64;   // rows of x: four squares are all that there are
+inline constexpr int64_t kMostFewRowsAmx = 1;  // for one, few_rows takes as long
 
-// A lookup takes five bits of its index: the values of two blocks, and no more, fit into its table.
-bool serves_amx(const Weight& weight) {
-  return weight.bits == 4 && weight.block >= kChunk / 2 && serves_few_rows(weight) &&
-         weight.columns / weight.block <= kAmxScales;
+// Panels are ahead from so many rows of x on: the shorter a row of W is, the more weighs what comes
+// before and after its product. 256 rows of x take 5.0 ms at 4096 x 4096, panels 5.1; 128 rows 0.79
+// at 2048 x 2048, panels 0.93; and 192 rows 1.19 and 1.08.
+int64_t most_amx(const Weight& weight) {
+  // A lookup takes five bits of its index: two blocks' values, and no more, fit into its table.
+  const bool readable = weight.bits == 4 && weight.block >= kChunk / 2 && serves_few_rows(weight);
+  if (!readable || weight.columns / weight.block > kAmxScales) return 0;
+  return min(4 * kMostTogether, max(kMostTogether, weight.columns / 16));
 }
 
 // Rows of x pass in turns, all in as many squares of the same width; what the last square of a turn
@@ -124,6 +127,41 @@ PEFTKERN_INLINE void decode_amx(const NibblePlan& plan, F codebook, const uint8_
   }
 }
 
+// Up to 16 rows of W from n on, of `all`, times `inputs` rows of x from `first` on.
+struct Rows {
+  int64_t all, n, count, first, inputs;
+};
+
+// y of these rows: their sums, which lie as sums[square][n][m]; the bias; and the low-rank term,
+// for which B is turned, so that its sums run in lanes too.
+PEFTKERN_INLINE void finish_rows(const FewRows& io, const Rows& rows, const float* sums,
+                                 int64_t width, int64_t square) {
+  constexpr int64_t kRanks = 64;
+  const __mmask16 some = first(rows.count);
+  const __m512i lane = __m512i(lanes());
+  const __m512i in_sums = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(width)));
+  const __m512i in_b = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(io.rank)));
+  const F bias = io.bias ? load_first(io.bias + rows.n, rows.count) : F{};
+  const int64_t rank = io.lora_b ? io.rank : 0;
+  for (int64_t begin = 0; begin == 0 || begin < rank; begin += kRanks) {
+    F b[kRanks];
+    const int64_t ranks = min(kRanks, rank - begin);
+    for (int64_t j = 0; j < ranks; ++j) {
+      const float* from = io.lora_b + rows.n * rank + begin + j;
+      b[j] = F(_mm512_mask_i32gather_ps(__m512(F{}), some, in_b, from, 4));
+    }
+    for (int64_t m = 0, place = 0; m < rows.inputs; ++m) {
+      float* y = io.y + (rows.first + m) * rows.all + rows.n;
+      F sum = begin == 0 ? F(_mm512_i32gather_ps(in_sums, sums + place, 4)) + bias
+                         : load_first(y, rows.count);
+      const float* down = io.down + (rows.first + m) * rank + begin;
+      for (int64_t j = 0; j < ranks; ++j) sum = fma(splat(down[j]), b[j], sum);
+      _mm512_mask_storeu_ps(y, some, __m512(sum));
+      if (++place % width == 0) place += square - width;
+    }
+  }
+}
+
 // 16 H rows of W times G squares of x.
 template <int H, int G>
 struct Amx {
@@ -190,12 +228,9 @@ struct Amx {
         }
       };
       strip(chunks, decode, x, width, sums);
-      for (int64_t m = 0; m < inputs; ++m) {
-        const float* from = sums + m / width * kStrip * width + m % width;
-        float* y = io.y + (first + m) * weight.rows + n;
-        for (int64_t i = 0; i < height; ++i) {
-          y[i] = from[i * width] + finish(io, F{}, first + m, n + i);
-        }
+      for (int64_t i = 0; i < height; i += kSide) {
+        const Rows rows{weight.rows, n + i, min(kSide, height - i), first, inputs};
+        finish_rows(io, rows, sums + i * width, width, kStrip * width);
       }
     }
   }
@@ -213,8 +248,8 @@ void amx_products(const Weight& weight, const FewRows& io, int64_t begin, int64_
   asm volatile("tilerelease");
 }
 
-inline constexpr FewRowsKernels kRowsBf16{serves_amx,   lay_out_amx,     laid_out_amx, nullptr,
-                                          amx_products, kMostFewRowsAmx, kMostAmx};
+inline constexpr FewRowsKernels kRowsBf16{most_amx, lay_out_amx,  laid_out_amx,
+                                          nullptr,  amx_products, kMostFewRowsAmx};
 
 #endif
 

@@ -12,14 +12,13 @@ template <typename T>
 constexpr TypedKernels<T> typed{quantize<T>, quantize_rows<T>, dequantize<T>,
                                 dropout<T>,  to_float<T>,      from_float<T>};
 
-extern const Kernels kernels{
-    typed<float>,
-    typed<double>,
-    typed<peftkern::bf16>,
-    typed<peftkern::fp16>,
-    {serves_few_rows, lay_out, laid_out, few_rows, tiles, kMostFewRows, kMostTiles},
-    kRowsBf16,
-    {product, dots},
-    {product, dots}};
+extern const Kernels kernels{typed<float>,
+                             typed<double>,
+                             typed<peftkern::bf16>,
+                             typed<peftkern::fp16>,
+                             {most_rows, lay_out, laid_out, few_rows, tiles, kMostFewRows},
+                             kRowsBf16,
+                             {product, dots},
+                             {product, dots}};
 
 }  // namespace peftkern::qlora::PEFTKERN_ISA

@@ -12,11 +12,11 @@ inline const FewRowsKernels* few_rows_kernels(const Problem& p, int64_t inputs) 
   if (p.base.is_dense() || p.sums != ScalarType::Float) return nullptr;
   const bool bf16 = p.product == ScalarType::BFloat16;
   const FewRowsKernels &f32 = kernels().rows_f32, &own = kernels().rows_bf16;
-  if (bf16 && own.serves && own.serves(p.base.codes) && inputs > own.most_few_rows) {
-    return inputs <= own.most_tiles ? &own : nullptr;
-  }
-  const int64_t most = bf16 ? kMostFloatsForBf16 : f32.most_tiles;
-  return inputs <= most && f32.serves(p.base.codes) ? &f32 : nullptr;
+  const Weight& weight = p.base.codes;
+  const int64_t most_bf16 = bf16 && own.most ? own.most(weight) : 0;
+  if (most_bf16 && inputs > own.most_few_rows) return inputs <= most_bf16 ? &own : nullptr;
+  const int64_t most = f32.most(weight);
+  return inputs <= (bf16 ? std::min(most, kMostFloatsForBf16) : most) ? &f32 : nullptr;
 }
 
 // Products with few rows of x, made ready one by one and run together: to wake the threads costs as

@@ -113,17 +113,18 @@ struct TypedKernels {
 
 // The ways of few rows of x in one dtype to meet W without a panel of it in memory.
 struct FewRowsKernels {
-  // Whether they can read this weight: rows of whole blocks, some and not too many.
-  bool (*serves)(const Weight& weight);
+  // The most rows of x for which they are faster than panels, as measured; none for a weight that
+  // they cannot read: its rows have to be whole blocks, some and not too many.
+  int64_t (*most)(const Weight& weight);
   // Row m of x in the order in which it meets this weight's codes; and the elements that `inputs`
   // rows of x take so. Whoever lays out a row writes the zeros that may have to stand behind it.
   void (*lay_out)(const Weight& weight, const void* x, int64_t inputs, int64_t m, void* out);
   int64_t (*laid_out)(int64_t inputs, int64_t columns);
-  // Rows [begin, end) of W, decoded in registers; or into the first-level cache, a tile at a time.
+  // Rows [begin, end) of W: decoded in registers, for up to most_few_rows rows of x; or into the
+  // first-level cache, a tile at a time.
   void (*few_rows)(const Weight& weight, const FewRows& io, int64_t begin, int64_t end);
   void (*tiles)(const Weight& weight, const FewRows& io, int64_t begin, int64_t end);
-  // The most rows of x for which each is the fastest, as measured; above both, panels are.
-  int64_t most_few_rows, most_tiles;
+  int64_t most_few_rows;
 };
 
 struct Kernels {

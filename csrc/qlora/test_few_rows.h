@@ -64,11 +64,11 @@ inline void is_the_product_with_nibbles_and_bytes(FewKernel kernel, int64_t inpu
   const int64_t rows = 19;
   for (int64_t block : {16, 32, 64, 128, 256, 512}) {
     const Nibbles q(numbers(rows * block * 3), rows, block * 3, block);
-    if (kernels().rows_f32.serves(q.weight)) is_the_product_in_float(kernel, q, inputs);
+    if (kernels().rows_f32.most(q.weight)) is_the_product_in_float(kernel, q, inputs);
   }
   for (int64_t columns : {1, 7, 64, 65, 127, 128, 129, 300, 1500}) {
     const Bytes q(numbers(rows * columns), rows, columns);
-    EXPECT(kernels().rows_f32.serves(q.weight));
+    EXPECT(kernels().rows_f32.most(q.weight));
     is_the_product_in_float(kernel, q, inputs);
   }
 }
@@ -94,13 +94,13 @@ inline std::vector<float> floats(const std::vector<peftkern::bf16>& from) {
 // Nor on the turn that it passes in: 64 rows at a time.
 inline void bf16_rows_are_the_product_with_the_weight_in_bf16() {
   const FewRowsKernels& by = kernels().rows_bf16;
-  if (!by.serves) return;  // without a matrix unit
+  if (!by.most) return;  // without a matrix unit
   const int64_t rows = 67;
   for (int64_t block : {32, 64, 128, 256, 512}) {
     for (int64_t columns : {block, 3 * block}) {
       const Nibbles q(numbers(rows * columns), rows, columns, block);
-      EXPECT(by.serves(q.weight) == (block >= 64));
-      if (!by.serves(q.weight)) continue;
+      EXPECT((by.most(q.weight) > 0) == (block >= 64));
+      if (!by.most(q.weight)) continue;
       std::vector<peftkern::bf16> w(static_cast<size_t>(rows * columns));
       kernels().bf16.dequantize(q.weight, 0, rows * columns, false, w.data());
       for (int64_t inputs : {1, 2, 16, 17, 33, 64, 65, 130}) {
@@ -112,7 +112,7 @@ inline void bf16_rows_are_the_product_with_the_weight_in_bf16() {
     }
   }
   const Bytes bytes(numbers(128), 1, 128);
-  EXPECT(!by.serves(bytes.weight));
+  EXPECT(!by.most(bytes.weight));
 }
 
 }  // namespace peftkern::qlora

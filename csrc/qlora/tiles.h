@@ -116,6 +116,8 @@ PEFTKERN_INLINE void tiles_by(const Plan& plan, const Weight& weight, const FewR
   }
 }
 
+int64_t most_rows(const Weight& weight) { return serves_few_rows(weight) ? kMostTiles : 0; }
+
 void tiles(const Weight& weight, const FewRows& io, int64_t begin, int64_t end) {
   if (weight.bits == 8) return tiles_by(BytePlan(weight), weight, io, begin, end);
   tiles_by(NibblePlan(weight), weight, io, begin, end);
