@@ -208,6 +208,16 @@ def test_a_weight_of_several_panels_is_the_reference(device, size, monkeypatch):
     assert_as_good(y, reference.linear, x, weight.dequantize(torch.float32), *rest)
 
 
+@pytest.mark.parametrize("size", [1, 20_000])
+def test_the_gradient_of_x_may_take_several_panels_too(device, size, monkeypatch):
+    """Of 128 columns each, and one that is narrower."""
+    monkeypatch.setattr(panels, "PANEL_BYTES", size)
+    _, weight, *_ = on(device, *sample(64, 320, 1, 4))
+    grad, out = torch.randn(40, 64, device=device), torch.empty(40, 320, device=device)
+    panels.grad_x(grad, *operands(weight), out, None, None, 1.0, None, None, 0.0, None)
+    assert_as_good(out, torch.matmul, grad, weight.dequantize())
+
+
 @pytest.mark.parametrize("path", ["gemm", "panels"])
 def test_values_that_are_not_finite_stay_in_their_rows(device, path):
     x, weight, *_ = sample(8, 100, 40, 4)
