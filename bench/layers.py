@@ -43,7 +43,7 @@ class Case:
         ends, size = self.inputs + self.outputs, self.dtype.itemsize
         read = self.packed_bytes + size * (self.rank * ends + self.rows * self.inputs)
         base = 2 * self.rows * self.inputs * self.outputs
-        adapter = 6 * self.rows * self.rank * ends
+        adapter = 2 * self.rows * self.rank * ends * (1 if products == 1 else 3)  # with gradients
         written = size * self.rows * self.outputs
         return Work(products * read, products * written, products * base + adapter, self.dtype)
 

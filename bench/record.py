@@ -117,7 +117,13 @@ def row(facts: dict[str, Any], seconds: Iterable[float] = ()) -> Row:
 
 
 def load(path: Path) -> list[Row]:
-    """The rows of a results file: those with times in the order of the run, then the others."""
+    """The rows of a results file: those with times in the order of the run, then the others.
+
+    Raises:
+        ValueError: a file of another kind, such as a prediction.
+    """
     data = json.loads(path.read_text())
+    if "kind" in data:
+        raise ValueError(f"{path} must hold measured rows, got a {data['kind']}")
     timed = [row(b["extra_info"], b["stats"]["data"]) for b in data["benchmarks"]]
     return timed + [row(facts) for facts in data["peftkern"]["untimed"]]

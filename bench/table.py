@@ -61,15 +61,16 @@ def by_case(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def show(rows: Iterable[Row]) -> None:
-    """Prints a table a case, with rich where it is installed."""
+    """Prints a table a case."""
     for group, some in by_case(rows):
         lines = [cells(row) for row in some]
         used = [i for i in range(len(HEADINGS)) if any(line[i] for line in lines)]
         headings = [HEADINGS[i] for i in used]
-        _print(group, headings, [[line[i] for i in used] for line in lines])
+        print_table(group, headings, [[line[i] for i in used] for line in lines])
 
 
-def _print(title: str, headings: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+def print_table(title: str, headings: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """With rich where it is installed."""
     try:
         from rich.console import Console
         from rich.table import Table

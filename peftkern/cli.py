@@ -55,7 +55,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     bench.add_argument("--quick", action="store_true", help="fewer cases and fewer rounds")
     bench.add_argument("--out", type=Path, metavar="PATH", help="where the results are written")
     bench.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    bench.add_argument(
+    instead = bench.add_mutually_exclusive_group()
+    instead.add_argument(
         "--tune",
         nargs="?",
         type=float,
@@ -63,9 +64,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="SECONDS",
         help="search this GPU's tiles instead, and keep them for this user",
     )
+    instead.add_argument(
+        "--predict",
+        metavar="DEVICE",
+        help="predict a GPU's floors instead, such as h200's: no GPU, nothing measured",
+    )
+    bench.add_argument("--json", type=Path, metavar="FILE", help="where the prediction is written")
     bench.set_defaults(command=_bench)
 
     arguments = parser.parse_args(argv)
+    if arguments.command is _bench and arguments.json and not arguments.predict:
+        bench.error("--json must stand with --predict")
+    if arguments.command is _bench and arguments.predict and arguments.out:
+        bench.error("--out must not stand with --predict: that is no result")
     if arguments.command is _demo:
         _check_demo(demo, arguments)
     if arguments.selftest:
@@ -145,6 +156,8 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     if arguments.tune is not None:
         return _tune(arguments)
+    if arguments.predict is not None:
+        return _predict(arguments)
     known = bench.families()
     for name in arguments.families:
         if name not in known:
@@ -178,4 +191,27 @@ def _tune(arguments: argparse.Namespace) -> int:
     found = tune.tune(device, file, arguments.tune)
     print(*tune.lines(found, qlora_paths.architecture(device)), sep="\n")
     print(f"kept in {file}", file=sys.stderr)
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from peftkern.bench import predict
+    from peftkern.bench.predict_data import DEVICES
+
+    name = arguments.predict
+    wrong = [family for family in arguments.families if family != "qlora"]
+    if wrong:
+        print(f"FAMILY must be qlora with --predict, got {wrong[0]}", file=sys.stderr)
+        return 2
+    if name not in DEVICES:
+        print(f"DEVICE must be one of {', '.join(DEVICES)}, got {name}", file=sys.stderr)
+        return 2
+    try:
+        rows = predict.predict(name)
+    except RuntimeError as failure:  # a toolkit that is there and does not work
+        print(f"peftkern: {failure}", file=sys.stderr)
+        return 1
+    if arguments.json is not None:
+        predict.save(name, rows, arguments.json)
+    predict.show(name, rows)
     return 0

@@ -150,8 +150,8 @@ def row(contender, status):
     ],
 )
 def test_bench_fails_where_ours_fails(rows, expected, monkeypatch, capsys):
-    def run(families, quick, out, each):
-        assert families == ["qlora"] and quick and out == Path("results.json")
+    def run(families, quick, out, device, each):
+        assert families == ["qlora"] and quick and out == Path("results.json") and device == "cpu"
         for one in rows:
             each(one)
         return rows

@@ -4,24 +4,16 @@ A kernel takes no more registers, shared memory and instructions than its row of
 nothing, touches no local memory, and has the instructions that it was written for.
 """
 
-import os
-import re
-import shutil
-import subprocess
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-SOURCES = sorted(ROOT.glob("csrc/*/cuda*.cu"))
-ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
-# Of decode's main loop: 64 rows by 256 columns a turn, among 256 threads.
-WEIGHTS_A_TURN = 64
+from peftkern.bench import sass
+from peftkern.bench.predict_data import SLOTS
 
-DTYPES = {"f": "f32", "d": "f64", "NS_4bf16": "half", "NS_4fp16": "half"}
+SOURCES = sorted(Path(__file__).parents[1].glob("csrc/*/cuda*.cu"))
 
 MATRIX = ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128")
 PLAIN = ("FFMA", "LDGSTS.E.BYPASS.128")
@@ -83,90 +75,14 @@ GATES = {
 }
 
 
-class Kernel(NamedTuple):
-    """What the compiler says, and what the disassembler shows: addresses and instructions."""
-
-    name: str
-    architecture: str
-    registers: int
-    shared: int
-    spilled: int
-    code: list[tuple[int, str]]
-
-    def count(self, start: str) -> int:
-        return sum(text.startswith(start) for _, text in self.code)
-
-    @property
-    def slots(self) -> float:
-        """Issue slots a weight and lane of the shortest loop that copies ahead; 0 without one."""
-        places = {address: i for i, (address, _) in enumerate(self.code)}
-        lengths = []
-        for end, (_, text) in enumerate(self.code):
-            branch = re.search(r" 0x([0-9a-f]+)", text) if text.startswith("BRA") else None
-            begin = places[int(branch[1], 16)] if branch else end
-            body = self.code[begin : end + 1]
-            if begin < end and any(text.startswith("LDGSTS") for _, text in body):
-                lengths.append(len(body))
-        return min(lengths, default=0) / WEIGHTS_A_TURN
-
-
-def find_tool(name, *folders):
-    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
-
-
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
     """Every kernel on every architecture: one call of the compiler for each file."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = find_tool("nvcc", f"{home}/bin")
-    triton = find_spec("triton")
-    wheel = Path(triton.origin).parent / "backends/nvidia/bin" if triton else Path()
-    cuobjdump = find_tool("cuobjdump", f"{home}/bin", wheel)
+    nvcc, cuobjdump = sass.tools()
     if not nvcc or not cuobjdump:
         pytest.skip(f"no {'disassembler' if nvcc else 'CUDA compiler'}")
     folder = tmp_path_factory.mktemp("gates")
-    return [kernel for source in SOURCES for kernel in compiled(source, nvcc, cuobjdump, folder)]
-
-
-def compiled(source, nvcc, cuobjdump, folder):
-    binary = folder / f"{source.stem}.fatbin"
-    command = [nvcc, "-std=c++20", "-O3", "-I", ROOT / "csrc", "-Xptxas", "-v", "-fatbin"]
-    command += [f"-gencode=arch={virtual},code={real}" for real, virtual in ARCHITECTURES.items()]
-    run = subprocess.run([*command, "-o", binary, source], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    resources = {
-        (mangled, architecture): said
-        for mangled, architecture, said in re.findall(
-            r"entry function '(\S+)' for '(\S+)'\n(.*?Used .*?)\n", run.stderr, re.DOTALL
-        )
-    }
-    for architecture in ARCHITECTURES:
-        dump = [cuobjdump, "--dump-sass", "-arch", architecture, binary]
-        text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
-        for function in text.split("Function : ")[1:]:
-            mangled = function.split(maxsplit=1)[0]
-            said = resources[mangled, architecture]
-            code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.+?) *;", function)
-            yield Kernel(
-                readable(mangled),
-                architecture,
-                number(r"Used (\d+) registers", said),
-                number(r"(\d+) bytes smem", said),
-                sum(map(int, re.findall(r"(\d+) bytes (?:spill|stack)", said))),
-                [(int(address, 16), instruction) for address, instruction in code],
-            )
-
-
-def number(pattern, text):
-    found = re.search(pattern, text)
-    return int(found[1]) if found else 0
-
-
-def readable(mangled):
-    """The kernel's name and its template's arguments, as GATES spells them."""
-    name, arguments = re.search(r"\d\d([a-z_]+)_kernelI(.*?)EEv", mangled).groups()
-    (dtype,) = (new for old, new in DTYPES.items() if arguments.startswith(old))
-    return " ".join([name, dtype, *re.findall(r"L[ib](\d+)E", arguments)])
+    return [k for source in SOURCES for k in sass.compiled(source, nvcc, cuobjdump, folder)]
 
 
 def test_every_kernel_stays_within_its_row(kernels):
@@ -192,5 +108,11 @@ def test_every_kernel_stays_within_its_row(kernels):
 
 def test_every_row_has_its_kernels(kernels):
     names = Counter(kernel.name for kernel in kernels)
-    expected = {name: len(ARCHITECTURES) * (1 + ("half" in name)) for name in GATES}
+    expected = {name: len(sass.ARCHITECTURES) * (1 + ("half" in name)) for name in GATES}
     assert names == expected
+
+
+def test_the_prediction_states_what_the_gates_allow():
+    stated = {name: slots for name, slots in SLOTS.items() if name in GATES}
+    assert len(stated) == 2
+    assert stated == {name: GATES[name].slots for name in stated}

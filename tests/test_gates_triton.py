@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import pytest
 
+from peftkern.bench.predict_data import DEVICES, SLOTS
+
 triton = pytest.importorskip("triton", reason="needs triton")
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 pytestmark = pytest.mark.skipif(not TOOL.exists(), reason="needs the tools of Triton's wheel")
@@ -130,6 +132,21 @@ def test_every_kernel_has_a_gate_and_every_gate_a_kernel(records):
         assert {r["kernel"] for r in records if r["architecture"] == architecture} == written
     names = {name for r in records for name in (r["case"], name_of(r), (r["case"], name_of(r)))}
     assert {*GATES, *RARE_GATES} <= names
+
+
+def test_no_weight_takes_more_slots_than_the_prediction_states(records):
+    """Of those devices: in the product's main loop, or in a panel's kernel, which has none."""
+    found, names = [], {"gemm_kernel": "gemm {BLOCK_M}", "panel_kernel": "panel"}
+    for record in records:
+        if not re.match(r"plain, \d+ rows", record["case"]) or record["kernel"] not in names:
+            continue
+        if record["architecture"] not in {device.architecture for device in DEVICES.values()}:
+            continue
+        switches = record["switches"]
+        weights = switches["BLOCK_N"] * switches["BLOCK_K"] / record["lanes"]
+        found.append((names[record["kernel"]].format(**switches), record["turn"] / weights))
+    assert {name for name, _ in found} == {name for name in SLOTS if not name.startswith("decode")}
+    assert [f"{name}: {slots:.2f}" for name, slots in found if slots > SLOTS[name]] == []
 
 
 @pytest.mark.parametrize(

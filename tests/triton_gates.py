@@ -13,6 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from peftkern.bench import sass
 from peftkern.kernels import qlora, qlora_backward, qlora_paths
 
 ARCHITECTURES = {"sm80": 80, "sm90": 90, "sm100": 100}
@@ -72,6 +74,13 @@ def step(format, dtype=torch.bfloat16, rows=FEW, experts=1, mixed=False, size=SI
     qlora.linear_bwd(y, x, down, *rest, [True, format == "dense", True, True, True])
 
 
+def forward(rows):
+    """Of a linear without an adapter, in bfloat16 on plain NF4: what the prediction counts on."""
+    base, layout = weight("plain")
+    x = tensor(rows, SIZE, dtype=torch.bfloat16)
+    qlora.linear(x, base, layout, None, None, None, 1.0, 0.0, None, None, None)
+
+
 def siblings():
     bases = [weight("nested") for _ in range(3)]
     tensors = [t for base, _ in bases for t in base]
@@ -100,6 +109,7 @@ def dequantize(format):
 CASES = {
     "nested, few rows": lambda: step("nested"),
     "nested, many rows": lambda: step("nested", rows=MANY),
+    **{f"plain, {rows} rows": partial(forward, rows) for rows in (32, 64, MANY)},
     "int8, few rows": lambda: step("int8"),
     "siblings": siblings,
     "dense experts": dense_experts,
@@ -152,19 +162,24 @@ def source(kernel, args, kwargs):
 
 
 def facts(compiled):
-    """Registers, bytes of stack and of shared memory, how often each instruction is there."""
+    """Registers, bytes of stack and of shared memory, how often each instruction is there; how many
+    a turn of the main loop has, or all of a kernel without one, and how many lanes share it.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         command = [CUOBJDUMP, "-sass", "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
-    sass = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", text, re.M)
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", shown))
+    code = sass.listing(shown)
+    names = Counter(re.match(r"[\w.]+", text)[0] for _, text in code)
     return {
         "registers": int(usage["REG"]),
         "stack": int(usage["STACK"]) + int(usage["LOCAL"]),
         "shared": compiled.metadata.shared,
-        "instructions": Counter(sass),
+        "instructions": names,
+        "turn": sass.main_loop(code) or len(code) - names["NOP"],
+        "lanes": 32 * compiled.metadata.num_warps,
     }
 
 
