@@ -74,7 +74,14 @@ def _terms(layer: Any) -> str:
     if not adapters:
         return "base alone"
     ranks = ", ".join(f"{one.name} of rank {one.down.out_features}" for one in adapters)
-    return f"base and adapter{'s' * (len(adapters) > 1)} {ranks} in one pass"
+    text = f"base and adapter{'s' * (len(adapters) > 1)} {ranks} in"
+    with_dora = [one for one in adapters if one.magnitude is not None]
+    if not with_dora:
+        return f"{text} one pass"
+    # Of what its dropout leaves of x, and of what it takes.
+    passes = "two passes" if with_dora[-1].dropout else "one pass"
+    names = " of " + ", ".join(one.name for one in with_dora) if len(adapters) > 1 else ""
+    return f"{text} {passes}, then a factor for each row (DoRA{names})"
 
 
 def _terms_of_ours(layer: QLoRALinear) -> str:

@@ -32,6 +32,16 @@ settings.register_profile(
 settings.load_profile("peftkern")
 
 
+@pytest.fixture(scope="session")
+def bnb():
+    return pytest.importorskip("bitsandbytes", reason="compares with bitsandbytes")
+
+
+@pytest.fixture(scope="session")
+def peft():
+    return pytest.importorskip("peft", reason="compares with peft")
+
+
 @pytest.fixture(scope="session", params=["cpu", *["cuda"] * torch.cuda.is_available()])
 def device(request):
     return torch.device(request.param)

@@ -84,6 +84,13 @@ def test_a_wheel_holds_the_linked_folders_and_no_source_of_the_library(checkout,
     assert found == wanted, "a new package must be in the list of packages in pyproject.toml"
 
 
+def test_what_writes_an_adapter_is_required(checkout, tmp_path):
+    """safetensors imports numpy to write a tensor, and asks for it in an extra."""
+    run(sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, cwd=checkout)
+    required = (tmp_path / "peftkern.egg-info" / "requires.txt").read_text()
+    assert "safetensors[torch]" in required.splitlines()
+
+
 # What is built
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from needs import needs_kernels
-from peft_models import BASES, adapted, layer
+from peft_models import BASES, adapted, layer, with_second_adapter
 from torch import nn
 
 import peftkern
@@ -27,6 +27,37 @@ def test_a_layer_on_our_kernels_names_them(base):
     assert lines[2:] == [
         f"forward   qlora_linear: C++ ({isa})", f"backward  qlora_linear_bwd: C++ ({isa})",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "default of rank 4 in one pass, then a factor for each row (DoRA)"),
+        (
+            {"lora_dropout": 0.5},
+            "default of rank 4 in two passes, then a factor for each row (DoRA)",
+        ),
+    ],
+)
+@needs_kernels
+def test_dora_is_named_with_what_its_dropout_costs(options, words):
+    model = adapted("nf4", use_dora=True, **options)
+    peftkern.optimize(model)
+    assert peftkern.explain(layer(model)).splitlines()[1].endswith(f"base and adapter {words}")
+    model.eval()
+    assert "in one pass, then a factor" in peftkern.explain(layer(model))
+
+
+@needs_kernels
+def test_of_several_adapters_those_with_dora_are_named():
+    model = with_second_adapter(adapted("nf4", use_dora=True), use_dora=False)
+    model.base_model.set_adapter(["default", "second"])
+    peftkern.optimize(model)
+    assert (
+        peftkern.explain(layer(model))
+        .splitlines()[1]
+        .endswith("in one pass, then a factor for each row (DoRA of default)")
+    )
 
 
 @needs_kernels

@@ -77,6 +77,20 @@ def test_no_extra_is_imported_along():
     assert run(script).stdout.strip() == ""
 
 
+def test_a_state_dict_loads_where_numpy_is_missing():
+    script = "\n".join(
+        [
+            "import sys",
+            "sys.modules['numpy'] = None",
+            "from peftkern import QLoRALinear",
+            "from torch import nn",
+            "layer = QLoRALinear.from_linear(nn.Linear(64, 8), r=2, base='nf4')",
+            "print(layer.load_state_dict(layer.state_dict()))",
+        ]
+    )
+    assert "All keys matched" in run(script).stdout
+
+
 def test_the_types_are_published():
     assert (Path(peftkern.__file__).parent / "py.typed").exists()
 

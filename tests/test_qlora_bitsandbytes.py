@@ -3,12 +3,12 @@
 import copy
 import json
 
-import bitsandbytes as bnb
 import pytest
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit
 
 from peftkern.qlora import LoraConfig, QLoRALinear, QuantizedWeight, quantize
+
+bnb = pytest.importorskip("bitsandbytes", reason="compares with bitsandbytes")
 
 STORAGES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32]
 FORMATS_4BIT = ["nf4", "fp4"]
@@ -49,7 +49,9 @@ def same_storage(first, second):
 def test_bitsandbytes_weights_are_shared_both_ways(nested, storage, format):
     params = linear4bit(nested=nested, storage=storage, format=format).weight
     weight = QuantizedWeight.from_bnb(params)
-    assert torch.equal(weight.dequantize(), dequantize_4bit(params.data, params.quant_state))
+    assert torch.equal(
+        weight.dequantize(), bnb.functional.dequantize_4bit(params.data, params.quant_state)
+    )
     back = weight.to_bnb()
     state, again = params.quant_state, back.quant_state
     pairs = [(params, back), (state.absmax, again.absmax), (state.code, again.code)]
@@ -62,7 +64,7 @@ def test_bitsandbytes_weights_are_shared_both_ways(nested, storage, format):
     assert weight.packed.dtype == back.dtype == back.quant_storage == storage
     assert weight.buffers[0].dtype == torch.uint8 and same_storage(weight.buffers[0], params)
     assert (back.shape, back.quant_type) == (params.shape, format)
-    dense = dequantize_4bit(back.data, again)
+    dense = bnb.functional.dequantize_4bit(back.data, again)
     assert torch.equal(dense, weight.dequantize()) and back.bnb_quantized
 
 
@@ -193,7 +195,7 @@ def load_strictly(ours, theirs):
 @pytest.mark.parametrize("after_a_forward", [False, True])
 def test_state_dicts_load_both_ways(nested, storage, format, after_a_forward):
     theirs = linear4bit(nested=nested, storage=storage, format=format)
-    dense = dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)
+    dense = bnb.functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)
     if after_a_forward:
         theirs(normal((3, 64)))
 
@@ -206,8 +208,11 @@ def test_state_dicts_load_both_ways(nested, storage, format, after_a_forward):
     state = ours.state_dict()
     statistics = {k: v for k, v in state.items() if k.startswith("weight.")}
     params = bnb.nn.Params4bit.from_prequantized(state["weight"], statistics, device="cpu")
-    assert torch.equal(dequantize_4bit(params.data, params.quant_state), dense)
-    assert isinstance(params.quant_state, QuantState) and params.quant_state.nested == nested
+    assert torch.equal(bnb.functional.dequantize_4bit(params.data, params.quant_state), dense)
+    assert (
+        isinstance(params.quant_state, bnb.functional.QuantState)
+        and params.quant_state.nested == nested
+    )
 
 
 @pytest.mark.parametrize("after_a_forward", [False, True])

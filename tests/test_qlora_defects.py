@@ -3,10 +3,10 @@
 What shows on some CPUs alone is looked for there; ours is asked on every instruction set.
 """
 
-import bitsandbytes as bnb
+from functools import partial
+
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, has_avx512bf16, quantize_4bit
 from torch import nn
 
 from peftkern.qlora import QLoRALinear, quantize, reference
@@ -14,27 +14,33 @@ from peftkern.qlora import QLoRALinear, quantize, reference
 on_avx512 = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() != "AVX512", reason="shows on CPUs with AVX-512"
 )
-on_avx512bf16 = pytest.mark.skipif(
-    not has_avx512bf16(), reason="shows on CPUs with AVX512-BF16, where bitsandbytes repacks"
-)
 
 
-def linear4bit(rows, columns, nested=False):
+@pytest.fixture
+def repacking(bnb):
+    if not bnb.functional.has_avx512bf16():
+        pytest.skip("shows on CPUs with AVX512-BF16, where bitsandbytes repacks")
+    return bnb
+
+
+def linear4bit(bnb, rows, columns, nested=False):
     torch.manual_seed(0)
     layer = bnb.nn.Linear4bit(columns, rows, quant_type="nf4", compress_statistics=nested)
     return layer.to("cpu")
 
 
 def ours_like(rows, columns, nested=False):
-    return QLoRALinear.from_linear(linear4bit(rows, columns, nested), r=2)
+    torch.manual_seed(0)
+    return QLoRALinear.from_linear(nn.Linear(columns, rows), r=2, base="nf4", nested=nested)
 
 
 def decoded_by_us(weight):
     return quantize(weight, "nf4", 64).dequantize()
 
 
-def decoded_by_bitsandbytes(weight):
-    return dequantize_4bit(*quantize_4bit(weight, blocksize=64, quant_type="nf4"))
+def decoded_by_bitsandbytes(bnb, weight):
+    library = bnb.functional
+    return library.dequantize_4bit(*library.quantize_4bit(weight, blocksize=64, quant_type="nf4"))
 
 
 # Blocks that run on from row to row.
@@ -43,8 +49,8 @@ def decoded_by_bitsandbytes(weight):
 def blocks_straddle_rows(decode, shape):
     torch.manual_seed(0)
     weight = torch.randn(shape) * torch.arange(1, shape[0] + 1)[:, None]
-    packed, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    truth = reference.dequantize(packed, state.absmax, state.code, shape, 64)
+    packed = quantize(weight, "nf4", 64)
+    truth = reference.dequantize(packed.packed, packed.absmax, packed.codebook, shape, 64)
     assert torch.equal(decode(weight), truth)
 
 
@@ -59,9 +65,9 @@ def test_a_row_of_broken_blocks_has_its_own_scales(isa, shape):
 
 @on_avx512
 @pytest.mark.parametrize("shape", STRADDLING)
-def test_bitsandbytes_reads_the_scales_of_other_rows(shape):
+def test_bitsandbytes_reads_the_scales_of_other_rows(shape, bnb):
     with pytest.raises(AssertionError):
-        blocks_straddle_rows(decoded_by_bitsandbytes, shape)
+        blocks_straddle_rows(partial(decoded_by_bitsandbytes, bnb), shape)
 
 
 # Eval mode.
@@ -79,11 +85,10 @@ def test_a_layer_of_any_size_runs_in_eval(isa, shape):
     runs_in_eval(ours_like(*shape), shape[1])
 
 
-@on_avx512bf16
 @pytest.mark.parametrize("shape", [(40, 64), (64, 96)], ids=["N % 32", "K % 64"])
-def test_bitsandbytes_raises_in_eval_for_some_sizes(shape):
+def test_bitsandbytes_raises_in_eval_for_some_sizes(shape, repacking):
     with pytest.raises((AssertionError, RuntimeError), match="divisible by|invalid for input"):
-        runs_in_eval(linear4bit(*shape), shape[1])
+        runs_in_eval(linear4bit(repacking, *shape), shape[1])
 
 
 # The state dict after a forward in eval mode.
@@ -104,24 +109,24 @@ def test_a_forward_in_eval_changes_no_byte(isa, nested):
     a_forward_leaves_the_state_dict_alone(ours_like(64, 64, nested))
 
 
-@on_avx512bf16
 @pytest.mark.parametrize("nested", [False, True])
-def test_bitsandbytes_changes_its_state_dict_in_eval(nested):
+def test_bitsandbytes_changes_its_state_dict_in_eval(nested, repacking):
     with pytest.raises(AssertionError, match="absmax"):
-        a_forward_leaves_the_state_dict_alone(linear4bit(64, 64, nested))
+        a_forward_leaves_the_state_dict_alone(linear4bit(repacking, 64, 64, nested))
 
 
-@on_avx512bf16
-def test_what_bitsandbytes_saves_after_eval_is_refused_and_not_misread():
-    theirs, ours = linear4bit(64, 128), ours_like(64, 128)
+def test_what_bitsandbytes_saves_after_eval_is_refused_and_not_misread(repacking):
+    theirs, ours = linear4bit(repacking, 64, 128), ours_like(64, 128)
     before = ours.quantized_weight.dequantize()
     with torch.no_grad():
         theirs.eval()(torch.randn(3, 128))
     state = theirs.state_dict()
     assert state["weight.absmax"].dtype == torch.bfloat16
     statistics = {k: v for k, v in state.items() if k.startswith("weight.")}
-    again = bnb.nn.Params4bit.from_prequantized(state["weight"], statistics, device="cpu")
-    assert not torch.equal(dequantize_4bit(again.data, again.quant_state), before)
+    again = repacking.nn.Params4bit.from_prequantized(state["weight"], statistics, device="cpu")
+    assert not torch.equal(
+        repacking.functional.dequantize_4bit(again.data, again.quant_state), before
+    )
     with pytest.raises(RuntimeError, match="got bfloat16: bitsandbytes has repacked it at an eval"):
         ours.load_state_dict(state, strict=False)
     assert torch.equal(ours.quantized_weight.dequantize(), before)
@@ -144,9 +149,9 @@ def test_a_layer_loads_strictly_what_it_saved(nested):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_bitsandbytes_cannot_load_what_it_saved(nested):
+def test_bitsandbytes_cannot_load_what_it_saved(nested, bnb):
     with pytest.raises(RuntimeError, match="Unexpected key"):
-        loads_what_it_saved(lambda: linear4bit(64, 64, nested))
+        loads_what_it_saved(lambda: linear4bit(bnb, 64, 64, nested))
 
 
 # Weights of one dimension.
@@ -161,9 +166,9 @@ def test_a_weight_of_one_dimension_keeps_it(isa):
     keeps_one_dimension(decoded_by_us)
 
 
-def test_bitsandbytes_adds_a_dimension_to_some():
+def test_bitsandbytes_adds_a_dimension_to_some(bnb):
     with pytest.raises(AssertionError):
-        keeps_one_dimension(decoded_by_bitsandbytes)
+        keeps_one_dimension(partial(decoded_by_bitsandbytes, bnb))
 
 
 # The bias.
@@ -180,9 +185,9 @@ def test_a_forward_in_another_dtype_leaves_the_bias_alone(isa):
     leaves_the_bias_alone(QLoRALinear.from_linear(nn.Linear(64, 64), r=2, base="int8"))
 
 
-def test_bitsandbytes_casts_its_bias_for_good():
+def test_bitsandbytes_casts_its_bias_for_good(bnb):
     with pytest.raises(AssertionError):
-        leaves_the_bias_alone(linear4bit(64, 64).train())
+        leaves_the_bias_alone(linear4bit(bnb, 64, 64).train())
     eight_bit = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False).to("cpu")
     with pytest.raises(AssertionError):
         leaves_the_bias_alone(eight_bit)

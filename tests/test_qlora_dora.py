@@ -1,7 +1,5 @@
 """DoRA: peft's numbers without peft's dense weight, and rows that have nothing to divide by."""
 
-import bitsandbytes as bnb
-import peft
 import pytest
 import torch
 from close import assert_as_good
@@ -56,11 +54,11 @@ def test_gradients_are_those_of_the_equation(base, dropout, monkeypatch):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-4)
 
 
-def with_peft(linear, **options):
+def with_peft(peft, linear):
     """peft's layer around the linear and ours beside it, with equal parameters."""
     model = nn.Sequential(linear)
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"], use_dora=True, **options)
-    model.is_loaded_in_4bit = isinstance(linear, bnb.nn.Linear4bit)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"], use_dora=True)
+    model.is_loaded_in_4bit = type(linear).__name__ == "Linear4bit"
     theirs = peft.get_peft_model(model, config).base_model.model[0]
     ours = QLoRALinear.from_linear(linear, r=4, lora_alpha=6, use_dora=True)
     modules = (theirs.lora_A, theirs.lora_B, theirs.lora_magnitude_vector)
@@ -75,8 +73,8 @@ def with_peft(linear, **options):
     return theirs, parameters, ours, [getattr(ours, name) for name in TRAINED]
 
 
-def assert_as_in_peft(linear, dtype, tolerance):
-    theirs, parameters, ours, own = with_peft(linear)
+def assert_as_in_peft(peft, linear, dtype, tolerance):
+    theirs, parameters, ours, own = with_peft(peft, linear)
     results = []
     for layer, trained in ((theirs, parameters), (ours, own)):
         x = torch.linspace(-1, 1, 5 * 64, dtype=dtype).view(5, 64).requires_grad_()
@@ -87,13 +85,13 @@ def assert_as_in_peft(linear, dtype, tolerance):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_output_and_gradients_are_those_of_peft(bias):
-    assert_as_in_peft(nn.Linear(64, 48, bias, dtype=torch.float64), torch.float64, 1e-12)
+def test_output_and_gradients_are_those_of_peft(bias, peft):
+    assert_as_in_peft(peft, nn.Linear(64, 48, bias, dtype=torch.float64), torch.float64, 1e-12)
 
 
-def test_on_the_base_of_bitsandbytes_too():
+def test_on_the_base_of_bitsandbytes_too(peft, bnb):
     linear = bnb.nn.Linear4bit(64, 48, quant_type="nf4").to("cpu")
-    assert_as_in_peft(linear, torch.float32, 1e-5)
+    assert_as_in_peft(peft, linear, torch.float32, 1e-5)
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e-4, 1.0, 1e4, 1e12])

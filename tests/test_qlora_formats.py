@@ -6,8 +6,6 @@ import struct
 import numpy as np
 import pytest
 import torch
-from bitsandbytes.functional import int8_vectorwise_dequant, quantize_4bit
-from bitsandbytes.nn import Linear8bitLt
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import FORMATS, quantized
@@ -79,11 +77,15 @@ def test_fp4_codes_of_every_value():
     assert hexadecimal(weight) == "badccee016745523" * 2 and weight.absmax.tolist() == [2.0]
 
 
+FP4_TIES = block(1, 0.0859375, -0.0859375, -0.00260417, -1e-6, -0.0)
+
+
 def test_fp4_ties_take_the_smaller_magnitude():
-    """bitsandbytes' CPU kernel: 31e9."""
-    values = block(1, 0.0859375, -0.0859375, -0.00260417, -1e-6, -0.0)
-    assert hexadecimal(quantize(values, "fp4", 32)) == "319880" + "00" * 13
-    packed, _ = quantize_4bit(values, blocksize=32, quant_type="fp4")
+    assert hexadecimal(quantize(FP4_TIES, "fp4", 32)) == "319880" + "00" * 13
+
+
+def test_bitsandbytes_swaps_the_codes_of_zero_on_a_cpu(bnb):
+    packed, _ = bnb.functional.quantize_4bit(FP4_TIES, blocksize=32, quant_type="fp4")
     assert packed[:2].flatten().tolist() == [0x31, 0xE9]
 
 
@@ -100,12 +102,12 @@ def test_fp4_rows_of_codes_repeat_under_other_scales():
     dtype=st.sampled_from(FLOATS),
     seed=st.integers(0, 99),
 )
-def test_fp4_has_the_values_of_bitsandbytes(isa, shape, block_size, dtype, seed):
+def test_fp4_has_the_values_of_bitsandbytes(isa, bnb, shape, block_size, dtype, seed):
     """Its CPU kernel swaps the two codes of zero, so bytes may differ where values do not; and it
     takes midpoints, where CUDA and ours take literals that are off by some ulps.
     """
     weight = normal(shape, dtype, seed)
-    packed, state = quantize_4bit(weight, blocksize=block_size, quant_type="fp4")
+    packed, state = bnb.functional.quantize_4bit(weight, blocksize=block_size, quant_type="fp4")
     ours = quantize(weight, "fp4", block_size)
     assert torch.equal(ours.absmax, state.absmax) and torch.equal(ours.codebook, state.code)
     theirs = reference.dequantize(packed, state.absmax, state.code, tuple(shape), block_size)
@@ -149,8 +151,8 @@ def test_int8_has_the_published_codes(isa):
     assert ties.packed.tolist() == [[127, 0, 2, 2, 0, -2]]
 
 
-def of_bitsandbytes(weight):
-    layer = Linear8bitLt(*weight.shape[::-1], bias=False, has_fp16_weights=False)
+def of_bitsandbytes(bnb, weight):
+    layer = bnb.nn.Linear8bitLt(*weight.shape[::-1], bias=False, has_fp16_weights=False)
     layer.weight.data = weight
     return layer.to("cpu")  # quantises
 
@@ -161,35 +163,36 @@ def of_bitsandbytes(weight):
     dtype=st.sampled_from(FLOATS),
     seed=st.integers(0, 99),
 )
-def test_int8_has_the_bytes_of_bitsandbytes(isa, rows, columns, dtype, seed):
+def test_int8_has_the_bytes_of_bitsandbytes(isa, bnb, rows, columns, dtype, seed):
     """Of a weight that float16 holds: of quarters there are many ties."""
     weight = ((normal((rows, columns), seed=seed) * 16).round() / 4).to(dtype)
-    theirs, ours = of_bitsandbytes(weight.clone()).weight, quantize(weight, "int8")
+    theirs, ours = of_bitsandbytes(bnb, weight.clone()).weight, quantize(weight, "int8")
     assert torch.equal(ours.packed, theirs.CB) and torch.equal(ours.absmax, theirs.SCB)
     half = normal((rows, columns), torch.float16, seed)
-    theirs, ours = of_bitsandbytes(half.clone()).weight, quantize(half, "int8")
+    theirs, ours = of_bitsandbytes(bnb, half.clone()).weight, quantize(half, "int8")
     assert torch.equal(ours.packed, theirs.CB) and torch.equal(ours.absmax, theirs.SCB)
 
 
-def test_int8_does_not_round_to_float16_first():
+def test_int8_does_not_round_to_float16_first(bnb):
     """bitsandbytes does: its scales are off, and what exceeds float16's range is lost."""
     weight = normal((64, 256))
-    theirs, ours = of_bitsandbytes(weight.clone()).weight, quantize(weight, "int8")
+    theirs, ours = of_bitsandbytes(bnb, weight.clone()).weight, quantize(weight, "int8")
     assert torch.equal(ours.absmax, weight.abs().amax(1))
     assert not torch.equal(theirs.SCB, ours.absmax)
     error = (ours.dequantize() - weight).square().sum()
-    assert error < (int8_vectorwise_dequant(theirs.CB, theirs.SCB) - weight).square().sum()
+    dense = bnb.functional.int8_vectorwise_dequant(theirs.CB, theirs.SCB)
+    assert error < (dense - weight).square().sum()
     large = weight * 2**20
     assert torch.equal(quantize(large, "int8").packed, ours.packed)
-    assert of_bitsandbytes(large.clone()).weight.SCB.isinf().any()
+    assert of_bitsandbytes(bnb, large.clone()).weight.SCB.isinf().any()
 
 
 @given(rows=st.integers(1, 40), columns=st.integers(1, 80), seed=st.integers(0, 99))
-def test_int8_decodes_to_the_values_of_bitsandbytes(isa, rows, columns, seed):
+def test_int8_decodes_to_the_values_of_bitsandbytes(isa, bnb, rows, columns, seed):
     """It multiplies by the scale and then by 1/127, both rounded: an ulp or two away."""
     weight = quantize(normal((rows, columns), seed=seed), "int8")
     dense = weight.dequantize()
-    theirs = int8_vectorwise_dequant(weight.packed, weight.absmax)
+    theirs = bnb.functional.int8_vectorwise_dequant(weight.packed, weight.absmax)
     torch.testing.assert_close(dense, theirs, rtol=3 * 2.0**-23, atol=0)
     exact = weight.packed.double() * weight.absmax.double()[:, None] / 127
     assert ((dense - exact).abs() <= 2.0**-23 * exact.abs()).all()

@@ -1,7 +1,5 @@
 """How A and B start: exact at the first step on any base, and equal to peft's where peft has it."""
 
-import bitsandbytes as bnb
-import peft
 import pytest
 import torch
 from models import disturb, tokens, toy
@@ -76,7 +74,7 @@ def test_pissa_by_iterations_comes_near():
 
 
 @pytest.mark.parametrize("how", ["pissa", "olora"])
-def test_the_start_is_that_of_peft(how):
+def test_the_start_is_that_of_peft(how, peft):
     source = nn.Linear(64, 24)
     ours = QLoRALinear.from_linear(source, r=4, lora_alpha=4, init_lora_weights=how)
     config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["0"], init_lora_weights=how)
@@ -87,7 +85,7 @@ def test_the_start_is_that_of_peft(how):
 
 
 @pytest.mark.parametrize("how", ["pissa", "olora"])
-def test_a_base_of_bitsandbytes_is_split_too(how):
+def test_a_base_of_bitsandbytes_is_split_too(how, bnb):
     source = bnb.nn.Linear4bit(64, 24, quant_type="nf4").to("cpu")
     layer = QLoRALinear.from_linear(source, r=4, init_lora_weights=how)
     x = torch.randn(5, 64)
@@ -187,7 +185,7 @@ def test_a_rank_beyond_what_is_there_is_refused_and_left_out(how, r):
     assert "dimensions, not" in peftkern.report(model).skipped[0].reason
 
 
-def test_loftq_is_refused_on_what_is_quantised_already():
+def test_loftq_is_refused_on_what_is_quantised_already(bnb):
     source = bnb.nn.Linear4bit(64, 64, quant_type="nf4").to("cpu")
     config = LoraConfig(base="nf4", init_lora_weights="loftq")
     with pytest.raises(ValueError, match="must have a float weight, got nf4"):
@@ -252,7 +250,7 @@ def test_any_rank_is_right(isa, r, base, rows_of_x, dtype):
         assert error <= 30 * torch.finfo(dtype).eps  # y, its square and one sum more
 
 
-def test_the_loftq_of_peft_brings_its_base_along():
+def test_the_loftq_of_peft_brings_its_base_along(peft):
     config = peft.LoraConfig(r=4, target_modules=["q_proj"])
     # Set behind peft's back: it wants scipy before it takes the words.
     config.init_lora_weights, config.loftq_config = "loftq", {"loftq_bits": 4, "loftq_iter": 2}

@@ -211,7 +211,7 @@ def _loaded_4bit(
         raise ValueError(f"absmax must be as it was quantised, got bfloat16: {REPACKED}")
     nested = "weight.nested_absmax" in named
     try:
-        facts = json.loads(bytes(named[key].cpu().numpy()))
+        facts = json.loads(bytes(named[key].tolist()))
         offset = facts["nested_offset"] if nested else 0.0
         if nested and facts["nested_blocksize"] != reference.NESTED_BLOCK_SIZE:
             raise ValueError(f"nested_blocksize {facts['nested_blocksize']}")
