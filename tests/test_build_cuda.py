@@ -257,3 +257,45 @@ def test_bindings_of_cuda_compile_without_a_toolkit(path, tmp_path):
         "-isystem", include / "torch/csrc/api/include", "-DTORCH_TARGET_VERSION=0x020b000000000000",
         path,
     )  # fmt: skip
+
+
+# All of it that launch.h names.
+LAUNCHES = """
+#pragma once
+#include <cstdio>
+#include <initializer_list>
+struct dim3 { unsigned x; };
+enum cudaError_t { cudaSuccess };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
+typedef struct CUstream_st* cudaStream_t;
+struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; };
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, int, int bytes) {
+  return std::printf("%d ", bytes) > 0 ? cudaSuccess : cudaError_t(1);
+}
+template <typename... Params, typename... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t*, void (*)(Params...), Args...) {
+  return cudaSuccess;
+}
+"""
+
+
+@needs("c++")
+def test_a_kernels_limit_of_shared_memory_is_the_same_for_all_who_launch_it(tmp_path):
+    """It is the kernel's, so a thread that lowered it would fail another's launch."""
+    (tmp_path / "cuda_runtime.h").write_text(LAUNCHES)
+    (tmp_path / "launches.cpp").write_text(
+        """#include "common/launch.h"
+void kernel(long) {}
+int main() {
+  for (size_t kilobytes : {48, 64, 99, 80}) {
+    peftkern::launch(kernel, dim3{1}, dim3{32}, kilobytes << 10, nullptr, 7);
+  }
+}"""
+    )
+    program = tmp_path / "launches"
+    run(
+        "c++", "-std=c++20", "-I", tmp_path, "-I", ROOT / "csrc", tmp_path / "launches.cpp",
+        "-o", program,
+    )  # fmt: skip
+    assert run(program).split() == [str(99 << 10)] * 3
