@@ -234,7 +234,7 @@ def test_where_torch_has_cuda_its_kernels_serve_it(tmp_path):
 # All of cuda_runtime.h that the bindings name.
 RUNTIME = """
 #pragma once
-enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice };
+enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice, cudaErrorInvalidDeviceFunction };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 typedef struct CUstream_st* cudaStream_t;
 const char* cudaGetErrorString(cudaError_t);
