@@ -214,21 +214,63 @@ def test_it_loads_in_a_torch_without_cuda_and_leaves_the_gpu_alone():
     assert served_by_cuda() == set()
 
 
-@needs("c++")
-@needs_cuda_build
-@needs_plain_torch
-def test_where_torch_has_cuda_its_kernels_serve_it(tmp_path):
-    """All that they ask torch's CUDA side for is the current stream."""
+@pytest.fixture
+def cuda_of_torch(tmp_path):
+    """All that our kernels ask torch's CUDA side for: the current stream."""
     name, library = "libtorch_cuda.so", tmp_path / "libtorch_cuda.so"
     (tmp_path / "stream.cpp").write_text(
         'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
     )
     run("c++", "-shared", "-fPIC", f"-Wl,-soname,{name}", tmp_path / "stream.cpp", "-o", library)
+    return library
+
+
+@needs("c++")
+@needs_cuda_build
+@needs_plain_torch
+def test_where_torch_has_cuda_its_kernels_serve_it(cuda_of_torch):
     ours = {"qlora_quantize", "qlora_dequantize", "qlora_decode"}
-    assert served_by_cuda(library) == ours
+    assert served_by_cuda(cuda_of_torch) == ours
     also_in_triton = ours & _native.launchers.keys()
-    assert served_by_cuda(library, PEFTKERN_TRITON="1") == ours - also_in_triton
+    assert served_by_cuda(cuda_of_torch, PEFTKERN_TRITON="1") == ours - also_in_triton
     assert "qlora_dequantize" in also_in_triton
+
+
+# What happens where torch starts CUDA after our import, and where it has before.
+OLD_GPU = """
+import sys, ctypes, warnings, torch
+ctypes.CDLL(sys.argv[1])
+torch.cuda.device_count = lambda: 2
+torch.cuda.get_device_capability = lambda gpu: [(9, 0), (int(sys.argv[2]), 5)][gpu]
+calls = []
+torch.cuda._lazy_call = calls.append if sys.argv[3] == "after" else lambda call: call()
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    from peftkern import _native
+    for call in calls:
+        call()
+print(*(f"{op} {_native._kernel(op, 'cuda')}" for op in sorted(_native.references)), sep="\\n")
+print(*(warning.message for warning in said if "peftkern" in str(warning.message)), sep="\\n")
+assert _native.serves("qlora_decode", "cuda") == (sys.argv[2] == "8")
+"""
+
+
+@needs("c++")
+@needs_cuda_build
+@needs_plain_torch
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_gpu_too_old_for_cuda_kernels_has_those_in_triton(cuda_of_torch, order):
+    pytest.importorskip("triton")
+    lines = run(sys.executable, "-c", OLD_GPU, cuda_of_torch, "7", order, cwd=ROOT).splitlines()
+    assert {"qlora_decode reference", "qlora_dequantize Triton", "qlora_linear Triton",
+            "qlora_quantize reference"} < set(lines)  # fmt: skip
+    (said,) = (line for line in lines if "compute" in line)
+    assert said == (
+        "peftkern's CUDA kernels need compute capability 8.0, got a GPU of 7.5: those in Triton "
+        "run instead"
+    )
+    lines = run(sys.executable, "-c", OLD_GPU, cuda_of_torch, "8", order, cwd=ROOT).splitlines()
+    assert "qlora_decode CUDA" in lines and not any("compute" in line for line in lines)
 
 
 # All of cuda_runtime.h that the bindings name.
