@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       *reinterpret_cast<uint4*>(out + i) = run_of(values, T{});
     } else {
+#pragma unroll 1  // rare, and unrolled it takes registers from what is not
       for (int64_t j = i; j < i + kWidth && j < count; ++j) {
         const int byte = weight.packed[j / 2];
         const float value = codebook[j % 2 ? byte & 15 : byte >> 4];
