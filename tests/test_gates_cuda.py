@@ -1,7 +1,8 @@
 """What every CUDA kernel is compiled to, for each architecture that we build for, with no GPU.
 
 A kernel takes no more registers, shared memory and instructions than its row of GATES says, spills
-nothing, touches no local memory, and has the instructions that it was written for.
+nothing, touches no local memory, has the instructions that it was written for, and bears as many
+threads as it is launched with.
 """
 
 import os
@@ -49,9 +50,9 @@ GATES = {
     "quantize_rows half": Gate(32, 32, WIDE_LOADS),
     "quantize_rows f32": Gate(32, 32, WIDE_LOADS),
     "quantize_rows f64": Gate(32, 32, WIDE_LOADS),
-    "dequantize half": Gate(48, 64, WIDE_STORES),
-    "dequantize f32": Gate(48, 64, WIDE_STORES),
-    "dequantize f64": Gate(48, 64, WIDE_STORES),
+    "dequantize half": Gate(32, 64, WIDE_STORES),
+    "dequantize f32": Gate(32, 64, WIDE_STORES),
+    "dequantize f64": Gate(32, 64, WIDE_STORES),
     "dequantize_rows half": Gate(32, 0, WIDE_STORES),
     "dequantize_rows f32": Gate(32, 0, WIDE_STORES),
     "dequantize_rows f64": Gate(32, 0, WIDE_STORES),
@@ -91,6 +92,7 @@ class Kernel(NamedTuple):
     registers: int
     shared: int
     spilled: int
+    threads: int  # that a block may have, by __launch_bounds__; 0 without
     code: list[tuple[int, str]]
 
     def count(self, start: str) -> int:
@@ -141,9 +143,16 @@ def compiled(source, nvcc, cuobjdump, folder):
         )
     }
     for architecture in ARCHITECTURES:
-        dump = [cuobjdump, "--dump-sass", "-arch", architecture, binary]
-        text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
-        for function in text.split("Function : ")[1:]:
+        show = [cuobjdump, "-arch", architecture, binary]
+        code, elf = (
+            subprocess.run([*show, what], capture_output=True, text=True, check=True).stdout
+            for what in ("--dump-sass", "--dump-elf")
+        )
+        threads = {}
+        for facts in elf.split("\n.nv.info.")[1:]:
+            bound = re.search(r"EIATTR_MAX_THREADS\n.*\n\s*Value:\s*(\w+) 0x1 0x1", facts)
+            threads[facts.split("\n", 1)[0]] = int(bound[1], 16) if bound else 0
+        for function in code.split("Function : ")[1:]:
             mangled = function.split(maxsplit=1)[0]
             said = resources[mangled, architecture]
             code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.+?) *;", function)
@@ -153,8 +162,17 @@ def compiled(source, nvcc, cuobjdump, folder):
                 number(r"Used (\d+) registers", said),
                 number(r"(\d+) bytes smem", said),
                 sum(map(int, re.findall(r"(\d+) bytes (?:spill|stack)", said))),
+                threads[mangled],
                 [(int(address, 16), instruction) for address, instruction in code],
             )
+
+
+def launched():
+    """How many threads a block of each kernel has, as the sources that start it say."""
+    text = "\n".join(path.read_text() for path in ROOT.glob("csrc/*/cuda*"))
+    sizes = dict(re.findall(r"constexpr int (k\w*Threads) = (\d+);", text))
+    starts = re.findall(r"\blaunch\((\w+)_kernel<.*?dim3\((k\w*Threads)\),", text, re.S)
+    return {name: int(sizes[size]) for name, size in starts}
 
 
 def number(pattern, text):
@@ -194,3 +212,8 @@ def test_every_row_has_its_kernels(kernels):
     names = Counter(kernel.name for kernel in kernels)
     expected = {name: len(ARCHITECTURES) * (1 + ("half" in name)) for name in GATES}
     assert names == expected
+
+
+def test_a_block_has_as_many_threads_as_its_kernel_was_compiled_for(kernels):
+    """A launch of more fails; one of fewer has registers that it does not use."""
+    assert {kernel.name.split()[0]: kernel.threads for kernel in kernels} == launched()
