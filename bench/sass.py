@@ -32,6 +32,7 @@ class Kernel(NamedTuple):
     registers: int
     shared: int
     spilled: int
+    threads: int  # that a block may have, by __launch_bounds__; 0 without
     code: Code
 
     def count(self, start: str) -> int:
@@ -96,9 +97,18 @@ def compiled(
         )
     }
     for architecture in wanted:
-        dump = [cuobjdump, "--dump-sass", "-arch", architecture, binary]
-        text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
-        for function in text.split("Function : ")[1:]:
+        sass, elf = (
+            subprocess.run(
+                [cuobjdump, what, "-arch", architecture, binary],
+                capture_output=True, text=True, check=True,
+            ).stdout
+            for what in ("--dump-sass", "--dump-elf")
+        )  # fmt: skip
+        threads = {}
+        for facts in elf.split("\n.nv.info.")[1:]:
+            bound = re.search(r"EIATTR_MAX_THREADS\n.*\n\s*Value:\s*(\w+) 0x1 0x1", facts)
+            threads[facts.split("\n", 1)[0]] = int(bound[1], 16) if bound else 0
+        for function in sass.split("Function : ")[1:]:
             mangled = function.split(maxsplit=1)[0]
             said = resources[mangled, architecture]
             yield Kernel(
@@ -107,6 +117,7 @@ def compiled(
                 number(r"Used (\d+) registers", said),
                 number(r"(\d+) bytes smem", said),
                 sum(map(int, re.findall(r"(\d+) bytes (?:spill|stack)", said))),
+                threads[mangled],
                 listing(function),
             )
 

@@ -4,6 +4,7 @@
 # Sets for people cuda_taken, which says what was taken or why nothing was, cuda_version and
 # cuda_names, the architectures; and for CMake, where there is a toolkit, CMAKE_CUDA_COMPILER,
 # CMAKE_CUDA_HOST_COMPILER and CMAKE_CUDA_ARCHITECTURES.
+cmake_policy(VERSION 3.22)  # run by itself, it inherits none
 
 # A cubin runs on its own architecture and the later ones of the same major version: 8.0 on 8.6 and
 # 8.9, 10.0 on 10.3, 12.0 on 12.1; 9.0a on 9.0, which has no later one. So these are all that are

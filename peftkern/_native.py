@@ -2,8 +2,8 @@
 
 Every op is defined here with its fake and its reference. The compiled library, where it is there,
 fills in the CPU's kernels, and those in CUDA where it was built with them and torch is built for
-CUDA too; Triton serves GPUs otherwise. A device without a kernel runs the reference and says so
-once.
+CUDA too; Triton serves GPUs otherwise, and those too old for our CUDA. A device without a kernel
+runs the reference and says so once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -27,6 +27,7 @@ EMULATED = "peftkern_emulated"  # spelled once more, in csrc/common/cuda_binding
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 KEYS = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}  # torch's, of the devices that kernels serve
 GPUS = ("cuda", "xpu")
+OLDEST = (8, 0)  # the compute capability that CUDA kernels need; see csrc/toolkit.cmake
 
 Functions = dict[str, Callable[..., Any]]
 references: Functions = {}  # of every op
@@ -34,6 +35,7 @@ launchers: Functions = {}  # in Triton, of the ops that have one
 emulated: Functions = {}  # in CUDA and run on the host, of the ops that have one, for tests
 _devices: dict[str, tuple[str, ...]] = {}  # of every op, those that call it
 _triton: set[tuple[str, str]] = set()  # op and device
+_declined: set[str] = set()  # ops whose kernel in CUDA does not run on this machine's GPUs
 _warned: set[tuple[str, str]] = set()
 
 
@@ -57,6 +59,9 @@ def define(
     torch.library.register_fake(qualified, fake)
     torch.library.impl(qualified, "CompositeExplicitAutograd", _announced(name, reference))
     references[name], _devices[name] = reference, devices
+    if _has_kernel(qualified, KEYS["cuda"]):
+        # CUDA starts later, if at all: asking for a GPU now would start it.
+        torch.cuda._lazy_call(partial(_decline_old_gpus, name))  # type: ignore[no-untyped-call]
     if _emulated_loaded:
         torch.library.define(f"{EMULATED}::{name}", schema.removeprefix(name))
     if _emulated_loaded and _has_kernel(f"{EMULATED}::{name}", "CPU"):
@@ -89,14 +94,42 @@ def register_triton(family: str, verb: str) -> None:
     if find_spec("triton") is None:
         return
     for device in GPUS:
-        if _has_kernel(f"{NAMESPACE}::{name}", KEYS[device]) and not _triton_is_asked_for():
+        in_cuda = _has_kernel(f"{NAMESPACE}::{name}", KEYS[device]) and name not in _declined
+        if in_cuda and not _triton_is_asked_for():
             continue
-        vendor = _unmeasured_vendor(device)
-        function = _told_of(vendor, launch) if vendor else launch
-        with warnings.catch_warnings():  # torch tells of each kernel that another one replaces
-            warnings.simplefilter("ignore")
-            _overrides.impl(name, function, KEYS[device], allow_override=True)  # type: ignore[no-untyped-call]
-        _triton.add((name, device))
+        _take_triton(name, device)
+
+
+def _take_triton(name: str, device: str) -> None:
+    launch, vendor = launchers[name], _unmeasured_vendor(device)
+    _override(name, _told_of(vendor, launch) if vendor else launch, device)
+    _triton.add((name, device))
+
+
+def _override(name: str, function: Callable[..., Any], device: str) -> None:
+    with warnings.catch_warnings():  # torch tells of each kernel that another one replaces
+        warnings.simplefilter("ignore")
+        _overrides.impl(name, function, KEYS[device], allow_override=True)  # type: ignore[no-untyped-call]
+
+
+def _decline_old_gpus(name: str) -> None:
+    """Where one of the GPUs is older than our CUDA, the op goes without it on all of them."""
+    gpus = range(torch.cuda.device_count())
+    oldest = min(map(torch.cuda.get_device_capability, gpus), default=OLDEST)
+    if oldest >= OLDEST:
+        return
+    _declined.add(name)
+    if name in launchers and find_spec("triton") is not None:
+        _take_triton(name, "cuda")
+    else:
+        _override(name, _announced(name, references[name]), "cuda")
+    if ("CUDA", "old") not in _warned:
+        _warned.add(("CUDA", "old"))
+        warnings.warn(
+            "peftkern's CUDA kernels need compute capability 8.0, got a GPU of "
+            f"{oldest[0]}.{oldest[1]}: those in Triton run instead",
+            stacklevel=2,
+        )
 
 
 def _triton_is_asked_for() -> bool:
@@ -212,7 +245,8 @@ def kernels() -> dict[str, dict[str, str]]:
 def _kernel(op: str, device: str) -> str:
     if (op, device) in _triton:
         return "Triton"
-    if not _has_kernel(f"{NAMESPACE}::{op}", KEYS[device]):
+    declined = device == "cuda" and op in _declined
+    if declined or not _has_kernel(f"{NAMESPACE}::{op}", KEYS[device]):
         return "reference"
     return "C++" if device == "cpu" else "CUDA"
 

@@ -171,7 +171,7 @@ def test_slots_come_from_the_machine_code_where_there_is_a_toolkit(monkeypatch):
     def compiled(source, nvcc, cuobjdump, folder, architectures):
         assert source.is_file() and (nvcc, cuobjdump) == ("nvcc", "cuobjdump")
         assert architectures == ["sm_80"]
-        yield sass.Kernel("decode half 4 64 0 8", "sm_80", 32, 0, 0, sass.listing(LISTING))
+        yield sass.Kernel("decode half 4 64 0 8", "sm_80", 32, 0, 0, 256, sass.listing(LISTING))
 
     monkeypatch.setattr(sass, "compiled", compiled)
     stated = row_of("a100", "4096 x 4096, 1 row")

@@ -1,24 +1,16 @@
-"""Which toolkit a build takes for CUDA, for which GPUs, what it says of that; what comes out."""
+"""Which toolkit a build takes for CUDA, for which GPUs, what it says of that."""
 
 import os
 import re
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch
-from test_build import ROOT, needs, run, script  # noqa: F401
-
-import peftkern
-from peftkern import _native
+from test_build import ROOT, run, script  # noqa: F401
 
 TOOLKIT = ROOT / "csrc" / "toolkit.cmake"
 ARCHITECTURES = "80 86 89 90 100 103 110 120"
 NOTHING = "no CUDA kernels: "
-
-# Which toolkit
 
 
 def a_toolkit(folder, version="13.0.88", architectures=ARCHITECTURES, error=""):
@@ -166,94 +158,3 @@ def test_the_build_insists_before_it_asks_cmake(script, monkeypatch, tmp_path): 
         script.need_toolkit()
     monkeypatch.setenv("CUDA_HOME", str(a_toolkit(tmp_path / "cuda")))
     assert script.need_toolkit() == "on"
-
-
-# What comes out
-
-needs_cuda_build = pytest.mark.skipif(
-    "PEFTKERN_LIBRARY" in os.environ or peftkern.info().build.get("cuda", "none") == "none",
-    reason="built without CUDA",
-)
-needs_plain_torch = pytest.mark.skipif(
-    bool(torch.version.cuda or torch.version.hip), reason="torch is built for GPUs"
-)
-
-
-@needs_cuda_build
-def test_the_build_tells_of_its_toolkit_and_its_gpus():
-    from peftkern import _build
-
-    assert re.fullmatch(r"\d+\.\d+\.\d+", _build.cuda)
-    assert re.fullmatch(r"sm_\w+(\+PTX)?( sm_\w+(\+PTX)?)*", _build.architectures)
-    shown = f"cuda     kernels for {_build.architectures} by nvcc {_build.cuda}"
-    assert any(line.startswith(shown) for line in str(peftkern.info()).splitlines())
-
-
-ASKS = """
-import sys, ctypes, torch
-for library in sys.argv[1:]:
-    ctypes.CDLL(library)
-from peftkern import _native
-print(*(op for op in _native.references if _native._kernel(op, "cuda") == "CUDA"))
-"""
-
-
-def served_by_cuda(*libraries, **variables):
-    """The ops, in a fresh interpreter that has loaded these libraries beside torch."""
-    return set(
-        run(
-            sys.executable, "-W", "ignore", "-c", ASKS, *libraries,
-            cwd=ROOT, env=os.environ | variables,
-        ).split()
-    )  # fmt: skip
-
-
-@needs_cuda_build
-@needs_plain_torch
-def test_it_loads_in_a_torch_without_cuda_and_leaves_the_gpu_alone():
-    assert served_by_cuda() == set()
-
-
-@needs("c++")
-@needs_cuda_build
-@needs_plain_torch
-def test_where_torch_has_cuda_its_kernels_serve_it(tmp_path):
-    """All that they ask torch's CUDA side for is the current stream."""
-    name, library = "libtorch_cuda.so", tmp_path / "libtorch_cuda.so"
-    (tmp_path / "stream.cpp").write_text(
-        'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
-    )
-    run("c++", "-shared", "-fPIC", f"-Wl,-soname,{name}", tmp_path / "stream.cpp", "-o", library)
-    ours = {"qlora_quantize", "qlora_dequantize", "qlora_decode"}
-    assert served_by_cuda(library) == ours
-    also_in_triton = ours & _native.launchers.keys()
-    assert served_by_cuda(library, PEFTKERN_TRITON="1") == ours - also_in_triton
-    assert "qlora_dequantize" in also_in_triton
-
-
-# All of cuda_runtime.h that the bindings name.
-RUNTIME = """
-#pragma once
-enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
-typedef struct CUstream_st* cudaStream_t;
-const char* cudaGetErrorString(cudaError_t);
-cudaError_t cudaMemsetAsync(void*, int, unsigned long, cudaStream_t);
-cudaError_t cudaDeviceGetAttribute(int*, cudaDeviceAttr, int);
-"""
-
-
-@needs("c++")
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "csrc").glob("*/torch_cuda*.cpp")), ids=lambda path: path.name
-)
-def test_bindings_of_cuda_compile_without_a_toolkit(path, tmp_path):
-    """So that breaking them is seen where there is none, and no header of it creeps in."""
-    (tmp_path / "cuda_runtime.h").write_text(RUNTIME)
-    include = Path(torch.__file__).parent / "include"
-    run(
-        "c++", "-std=c++20", "-fsyntax-only", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror",
-        "-I", tmp_path, "-I", ROOT / "csrc", "-isystem", include,
-        "-isystem", include / "torch/csrc/api/include", "-DTORCH_TARGET_VERSION=0x020b000000000000",
-        path,
-    )  # fmt: skip

@@ -23,6 +23,17 @@
 
 namespace peftkern {
 
+inline void check_status(cudaError_t status, const char* op) {
+#if !defined(PEFTKERN_EMULATED)
+  STD_TORCH_CHECK(
+      status != cudaErrorNoKernelImageForDevice && status != cudaErrorInvalidDeviceFunction, op,
+      " must be built for this GPU, got a build for others: build peftkern with its compute "
+      "capability in TORCH_CUDA_ARCH_LIST, or with PEFTKERN_CUDA=off");
+#endif
+  STD_TORCH_CHECK(status == cudaSuccess, op, " must start on the GPU, got '",
+                  cudaGetErrorString(status), "'");
+}
+
 #if defined(PEFTKERN_EMULATED)
 
 inline bool torch_has_cuda() { return true; }
@@ -36,7 +47,7 @@ class CudaScope {
   bool holds(const Tensor& tensor) const { return tensor.is_cpu(); }
 
   // Few, so that small operands are enough to have work split among them.
-  int64_t multiprocessors() const { return 4; }
+  int64_t multiprocessors(const char*) const { return 4; }
 
   // The library is for tests: what is fresh is NaN.
   Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) const {
@@ -79,9 +90,9 @@ class CudaScope {
     return tensor.is_cuda() && tensor.get_device_index() == index_;
   }
 
-  int64_t multiprocessors() const {
+  int64_t multiprocessors(const char* op) const {
     int count = 0;
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_);
+    check_status(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_), op);
     return count;
   }
 
@@ -112,17 +123,6 @@ inline void check_count(const CudaScope& scope, const Tensor& tensor, const char
   STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
   STD_TORCH_CHECK(tensor.numel() == count, name, " must have ", count, " elements, got ",
                   tensor.numel());
-}
-
-inline void check_status(cudaError_t status, const char* op) {
-#if !defined(PEFTKERN_EMULATED)
-  STD_TORCH_CHECK(status != cudaErrorNoKernelImageForDevice, op,
-                  " must be built for this GPU, got a build for others: build peftkern with its "
-                  "compute capability in TORCH_CUDA_ARCH_LIST, or, below 8.0, with "
-                  "PEFTKERN_CUDA=off");
-#endif
-  STD_TORCH_CHECK(status == cudaSuccess, op, " must start on the GPU, got '",
-                  cudaGetErrorString(status), "'");
 }
 
 }  // namespace peftkern

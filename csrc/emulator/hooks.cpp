@@ -8,8 +8,8 @@ using namespace peftkern::emulator;
 
 namespace {
 
-void look(const void* address, size_t bytes, bool write, const void* caller) {
-  if ((bytes == 8 || bytes == 16) && reinterpret_cast<uintptr_t>(address) % bytes) {
+void look(const void* address, size_t bytes, size_t alignment, bool write, const void* caller) {
+  if (reinterpret_cast<uintptr_t>(address) % alignment) {
     fail(std::string(write ? "writes " : "reads ") + std::to_string(bytes) +
          " bytes at an address that is no multiple of it, at " + line_of(caller));
   }
@@ -18,11 +18,11 @@ void look(const void* address, size_t bytes, bool write, const void* caller) {
 
 // The compiler believes that its hooks throw nothing, so nothing may pass through a kernel from
 // here.
-void note(const void* address, size_t bytes, bool write, const void* caller) {
+void note(const void* address, size_t bytes, size_t alignment, bool write, const void* caller) {
   if (!current) return;
   std::exception_ptr fault;
   try {
-    look(address, bytes, write, caller);
+    look(address, bytes, alignment, write, caller);
   } catch (...) {
     fault = std::current_exception();
   }
@@ -39,18 +39,18 @@ void __tsan_func_exit() {}
 void __tsan_vptr_update(void*, void*) {}
 void __tsan_vptr_read(void*) {}
 
-#define PEFTKERN_HOOKS(bytes)                                 \
-  void __tsan_read##bytes(void* address) {                    \
-    note(address, bytes, false, __builtin_return_address(0)); \
-  }                                                           \
-  void __tsan_write##bytes(void* address) {                   \
-    note(address, bytes, true, __builtin_return_address(0));  \
-  }                                                           \
-  void __tsan_volatile_read##bytes(void* address) {           \
-    note(address, bytes, false, __builtin_return_address(0)); \
-  }                                                           \
-  void __tsan_volatile_write##bytes(void* address) {          \
-    note(address, bytes, true, __builtin_return_address(0));  \
+#define PEFTKERN_HOOKS(bytes)                                        \
+  void __tsan_read##bytes(void* address) {                           \
+    note(address, bytes, bytes, false, __builtin_return_address(0)); \
+  }                                                                  \
+  void __tsan_write##bytes(void* address) {                          \
+    note(address, bytes, bytes, true, __builtin_return_address(0));  \
+  }                                                                  \
+  void __tsan_volatile_read##bytes(void* address) {                  \
+    note(address, bytes, bytes, false, __builtin_return_address(0)); \
+  }                                                                  \
+  void __tsan_volatile_write##bytes(void* address) {                 \
+    note(address, bytes, bytes, true, __builtin_return_address(0));  \
   }
 PEFTKERN_HOOKS(1)
 PEFTKERN_HOOKS(2)
@@ -59,10 +59,10 @@ PEFTKERN_HOOKS(8)
 PEFTKERN_HOOKS(16)
 
 void __tsan_read_range(void* address, size_t bytes) {
-  note(address, bytes, false, __builtin_return_address(0));
+  note(address, bytes, 1, false, __builtin_return_address(0));
 }
 void __tsan_write_range(void* address, size_t bytes) {
-  note(address, bytes, true, __builtin_return_address(0));
+  note(address, bytes, 1, true, __builtin_return_address(0));
 }
 }
 #endif

@@ -138,6 +138,10 @@ __global__ void vector_kernel(const float* in, float4* out) {
   out[threadIdx.x] = *reinterpret_cast<const float4*>(in + 4 * threadIdx.x);
 }
 
+__global__ void pair_kernel(const uint8_t* in, uint32_t* out) {
+  out[threadIdx.x] = *reinterpret_cast<const uint16_t*>(in + 2 * threadIdx.x);
+}
+
 __global__ void copy_kernel(const char* in, float* out, int64_t to) {
   char* x = static_cast<char*>(ptx::dynamic_shared());
   ptx::cp_async_16(x + to, in, true);
@@ -162,6 +166,11 @@ void an_access_that_is_not_aligned() {
     EXPECT_DIES(launch(vector_kernel, 1, 32, 0, nullptr, in + 1, out), "test_faults.cpp:",
                 kSanitized ? "misaligned address" : "reads 16 bytes at an address",
                 kSanitized ? "requires 16 byte alignment" : "vector_kernel");
+    uint32_t pairs[32];
+    EXPECT_DIES(
+        launch(pair_kernel, 1, 32, 0, nullptr, reinterpret_cast<uint8_t*>(in) + 1, pairs),
+        "test_faults.cpp:", kSanitized ? "misaligned address" : "reads 2 bytes at an address",
+        kSanitized ? "requires 2 byte alignment" : "pair_kernel");
   }
   const auto* bytes = reinterpret_cast<const char*>(in);
   float sum;

@@ -17,9 +17,6 @@
 namespace peftkern::qlora {
 namespace {
 
-// What a block may take on sm_86, sm_89 and sm_120, the least of all that we build for.
-constexpr int kMostShared = 99 << 10;
-
 // grid (rows / kTileRows, splits, inputs / kMost), block (kDecodeThreads), shared Plan::bytes: sums
 // of a tile's rows over a split's stages, for up to kMost rows of x. With one split they become y.
 template <typename T, typename Layout, int kMost>
@@ -145,7 +142,7 @@ bool lies_in_runs(const DeviceWeight& weight) {
 template <typename T, typename Layout, int kMost>
 cudaError_t decode_tiles(const DeviceWeight& weight, const Decode<T>& io, float* workspace,
                          cudaStream_t stream) {
-  static_assert(Plan<T, Layout, kMost>::bytes(kMost) <= kMostShared);
+  static_assert(size_t(Plan<T, Layout, kMost>::bytes(kMost)) <= kMostShared);
   const dim3 grid(ceil_divide(weight.rows, kTileRows), static_cast<unsigned>(io.splits),
                   ceil_divide(io.inputs, kMost));
   const int inputs = io.inputs < kMost ? static_cast<int>(io.inputs) : kMost;

@@ -4,7 +4,8 @@
 // Pointers are the device's. Each function starts its kernels on `stream` of the current device and
 // returns the status of the start; none waits, allocates or reads what lies on the device, so a
 // CUDA graph may hold them. An empty output starts nothing. Addresses are 64 bits wide. What is not
-// aligned to 16 bytes, or has an odd size, is served more slowly and gives the same.
+// aligned to 16 bytes, or has an odd size, is served more slowly; decode then sums in another order
+// and has the codebook's values exact, everything else gives the same bits.
 //
 // quantize, quantize_rows and dequantize write the bytes that the CPU kernels write; only which NaN
 // stands for one is the device's choice. T: float, double, bf16, fp16.
@@ -68,10 +69,9 @@ template <typename T>
 cudaError_t quantize_rows_cuda(const T* weight, int64_t rows, int64_t columns, int8_t* codes,
                                float* absmax, cudaStream_t stream);
 
-// out[i - begin] = W[i], flat, for i in [begin, end).
+// out [rows, columns] = W
 template <typename T>
-cudaError_t dequantize_cuda(const DeviceWeight& weight, int64_t begin, int64_t end, T* out,
-                            cudaStream_t stream);
+cudaError_t dequantize_cuda(const DeviceWeight& weight, T* out, cudaStream_t stream);
 
 // Into how many parts to split the columns so that this many multiprocessors are busy. Another
 // number gives another order of the sums; the same one gives the same bits.

@@ -122,10 +122,9 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& weight, std::vector<Tensor> ta
 void dequantize(std::vector<Tensor> weight, std::vector<int64_t> layout, Tensor out) {
   const CudaScope scope(out);
   const DeviceWeight w = weight_of(scope, weight, layout);
-  const int64_t count = w.rows * w.columns;
-  check_count(scope, out, "out", count);
+  check_count(scope, out, "out", w.rows * w.columns);
   const cudaError_t status = with_type(out.scalar_type(), [&]<typename T>(T*) {
-    return dequantize_cuda(w, 0, count, static_cast<T*>(out.mutable_data_ptr()), scope.stream);
+    return dequantize_cuda(w, static_cast<T*>(out.mutable_data_ptr()), scope.stream);
   });
   check_status(status, "qlora_dequantize");
 }
@@ -149,7 +148,7 @@ Tensor decode(const Tensor& x, std::vector<Tensor> weight, std::vector<int64_t> 
   }
   Tensor y = scope.empty({inputs, w.rows}, x.scalar_type());
   if (y.numel() == 0) return y;
-  const int64_t splits = decode_splits(w, inputs, scope.multiprocessors());
+  const int64_t splits = decode_splits(w, inputs, scope.multiprocessors("qlora_decode"));
   const Tensor workspace = scope.empty({decode_workspace(w, inputs, splits)}, ScalarType::Float);
   const cudaError_t status = with_type(x.scalar_type(), [&]<typename T>(T*) {
     if constexpr (std::is_same_v<T, double>) {
