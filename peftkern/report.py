@@ -111,15 +111,29 @@ def report(model: nn.Module) -> Report:
         packed = base._parameters["weight"]
         assert packed is not None
         parameters += _swapped.weight_of(base).shape.numel() - packed.numel()
-    return Report(rows, skipped, parameters, _shared(layers | optimized))
+    served = {row.name for row in rows}
+    return Report(rows, skipped, parameters, _shared(layers | optimized, served))
 
 
-def _shared(layers: dict[str, Any]) -> list[tuple[str, ...]]:
+def _shared(layers: dict[str, Any], served: set[str]) -> list[tuple[str, ...]]:
+    """The groups that are computed together: one layer that is not has all of its group alone."""
     groups = defaultdict(list)
     for name, layer in layers.items():
         if (group := getattr(layer, "shared_input", None)) is not None:
             groups[id(group)].append(name)
-    return [tuple(names) for names in groups.values() if len(names) > 1]
+    return [
+        tuple(names)
+        for names in groups.values()
+        if len(names) > 1 and all(n in served and _is_plain(layers[n]) for n in names)
+    ]
+
+
+def _is_plain(layer: Any) -> bool:
+    """As its `operands` asks, of all but the input."""
+    if isinstance(layer, QLoRALinear):
+        return not (layer.original or layer.merge_aware or layer.use_dora)
+    adapters = _conditions.adapters_of(layer)
+    return len(adapters) == 1 and adapters[0].magnitude is None
 
 
 def _row(name: str, layer: QLoRALinear, layers: list[QLoRALinear]) -> Row:

@@ -47,6 +47,24 @@ def test_what_runs_elsewhere_is_listed_once_at_every_call():
         assert len(names) == len(set(names)) == 4
 
 
+@pytest.mark.parametrize(
+    ("options", "groups"), [({}, 2), ({"use_dora": True}, 0), ({"lora_bias": True}, 0)]
+)
+def test_one_pass_is_told_of_layers_that_take_it(options, groups):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    lora = peft.LoraConfig(r=2, target_modules="all-linear", **options)
+    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
+    assert len(peftkern.optimize(model).shared) == groups
+    if groups:
+        model.add_adapter("second", lora)
+        model.base_model.set_adapter(["default", "second"])
+        assert peftkern.report(model).shared == []
+
+
 @pytest.mark.parametrize("name", ["layers.0.q_proj", "layers.0.gate_proj"])
 def test_a_layer_alone_is_a_model_too(name):
     one = adapted("nf4").get_submodule(f"base_model.model.{name}")
