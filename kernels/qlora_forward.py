@@ -87,10 +87,12 @@ def down_kernel(
         while group < last:
             chosen = inside & (adapter == group)
             if tl.max(chosen.to(tl.int32), 0) > 0:
-                sum = _down_step(
+                more = _down_step(
                     x_ptr, lora_a_ptr, seed_ptr, sum, m, chosen, r, group.to(tl.int64), begin, end,
                     columns, rank, threshold, DROPOUT, WHOLE_QUADS, BLOCK_M, BLOCK_K,
                 )  # fmt: skip
+                # Zeros in x do not keep out an adapter that is not finite.
+                sum = tl.where(chosen[:, None], more, sum)
             group += 1
     else:
         sum = _down_step(

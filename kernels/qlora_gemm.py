@@ -69,10 +69,12 @@ def _first_sum(
             while group < last:
                 chosen = inside & (adapter == group)
                 if tl.max(chosen.to(tl.int32), 0) > 0:
-                    sum = _low_rank(
+                    more = _low_rank(
                         low_ptr, factor_ptr, sum, m, chosen, o, group.to(tl.int64), outputs, rank,
                         OVER_ROWS, BLOCK_R, dtype,
                     )  # fmt: skip
+                    # Zeros in `low` do not keep out an adapter that is not finite.
+                    sum = tl.where(chosen[:, None] if OVER_ROWS else chosen[None, :], more, sum)
                 group += 1
         else:
             sum = _low_rank(

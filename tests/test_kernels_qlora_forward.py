@@ -232,6 +232,21 @@ def test_values_that_are_not_finite_stay_in_their_rows(device, path):
     assert y[:, 2].isnan().all() and not y[:, [0, 1, 3, 4, 5, 6, 7]].isnan().any()
 
 
+@pytest.mark.parametrize("spoilt", ["lora_a", "lora_b"])
+def test_an_adapter_that_is_not_finite_spoils_its_own_rows_alone(device, spoilt):
+    x, weight, bias, lora_a, lora_b = on(device, *sample(10, 64, 12, 4, experts=2))
+    offsets, adapter = on(
+        device, torch.tensor([0, 6, 12]), torch.arange(12).to(torch.int32) % 3 - 1
+    )
+    (lora_a if spoilt == "lora_a" else lora_b)[1] = torch.nan
+    rest = [*operands(weight), bias, lora_a, lora_b, 0.5, 0.0, None, offsets, adapter]
+    y, down = triton_qlora.linear(x, *rest)
+    needs = [True, False, False, False, False]
+    (grad_x,) = triton_qlora.linear_bwd(torch.ones_like(y), x, down, *rest, needs)
+    for found in (y, grad_x):
+        assert torch.equal(found.isnan().any(1), adapter == 1)
+
+
 @pytest.mark.parametrize("shape", [(64,), (0, 64), (2, 0, 64), (2, 3, 64), (3, 0)])
 def test_x_has_any_number_of_dimensions(device, shape):
     _, weight, *rest = on(device, *sample(9, shape[-1], 1, 4))
