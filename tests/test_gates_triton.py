@@ -53,8 +53,6 @@ GATES = {
     "siblings_down_kernel": Gate(232, 72 * KB, (MATRIX, COPY, WRITE)),
     "siblings_sum_kernel": Gate(64, 0, (READ, WRITE)),
     "grad_weight_kernel": Gate(192, 100 * KB, (MATRIX, COPY, WRITE)),
-    "_dequantize_kernel": Gate(64, 4 * KB, (WRITE,)),
-    "_dequantize_rows_kernel": Gate(64, 8 * KB, (READ, WRITE)),
     ("nested, many rows", "gemm_kernel"): Gate(200, 32 * KB, (MATRIX, COPY, WRITE)),
     ("nested, many rows", "gemm_kernel over rows"): Gate(232, 32 * KB, (MATRIX, COPY, WRITE)),
     ("plain, float32", "down_kernel"): Gate(64, 8 * KB, (EXACT, COPY)),
