@@ -20,6 +20,7 @@ from peftkern.kernels.qlora_tiles import (
     row_tiles,
     tile_adapters,
     tile_rows,
+    widen,
 )
 
 BLOCK_SUM = 1024
@@ -40,11 +41,11 @@ def _down_step(
             x = tl.where(keep, x, 0.0)
         place = lora_a_ptr + (group * rank + r)[:, None] * columns + k[None, :]
         a = tl.load(place, mask=(r < rank)[:, None] & (k < columns)[None, :], other=0)
-        sum = dot(x, tl.trans(narrow(a.to(tl.float32), x_ptr.dtype.element_ty)), sum)
+        sum = dot(x, tl.trans(narrow(widen(a), x_ptr.dtype.element_ty)), sum)
     return sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "experts", "adapters", "threshold"])
 def down_kernel(
     x_ptr,  # [rows, columns]
     lora_a_ptr,  # [adapters, rank, columns], of any float dtype
@@ -118,7 +119,7 @@ def sum_kernel(
     for split in tl.static_range(1, SPLITS):
         sum += tl.load(parts_ptr + tl.cast(split, tl.int64) * count + i, mask=i < count, other=0)
     if ADD:
-        sum += tl.load(out_ptr + i, mask=i < count, other=0).to(tl.float32)
+        sum += widen(tl.load(out_ptr + i, mask=i < count, other=0))
     tl.store(out_ptr + i, narrow(sum, out_ptr.dtype.element_ty), mask=i < count)
 
 

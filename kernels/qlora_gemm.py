@@ -29,6 +29,7 @@ from peftkern.kernels.qlora_tiles import (
     row_tiles,
     tile_adapters,
     tile_rows,
+    widen,
 )
 
 
@@ -46,11 +47,11 @@ def _low_rank(
         if OVER_ROWS:
             place = factor_ptr + (group * rank + r)[:, None] * outputs + o[None, :]
             factor = tl.load(place, mask=(r < rank)[:, None] & (o < outputs)[None, :], other=0)
-            sum = dot(low, narrow(factor.to(tl.float32), dtype), sum)
+            sum = dot(low, narrow(widen(factor), dtype), sum)
         else:
             place = factor_ptr + (group * outputs + o)[:, None] * rank + r[None, :]
             factor = tl.load(place, mask=(o < outputs)[:, None] & (r < rank)[None, :], other=0)
-            sum = dot(narrow(factor.to(tl.float32), dtype), tl.trans(low), sum)
+            sum = dot(narrow(widen(factor), dtype), tl.trans(low), sum)
     return sum
 
 
@@ -87,11 +88,11 @@ def _first_sum(
             sum = tl.where(keep, sum, 0.0)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + expert.to(tl.int64) * outputs + o, mask=o < outputs, other=0)
-        sum += bias.to(tl.float32)[:, None]
+        sum += widen(bias)[:, None]
     return sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inputs", "experts", "adapters", "threshold"])
 def gemm_kernel(
     x_ptr,  # [inputs, terms]: x, or OVER_ROWS the gradient of y
     weight_ptr,  # and its parts, as decode_tile takes them: [experts, rows, columns]
@@ -190,7 +191,7 @@ def gemm_kernel(
     place = out_ptr + (split.to(tl.int64) * inputs + m)[:, None] * outputs + o[None, :]
     mask = inside[:, None] & (o < outputs)[None, :]
     if ADD:
-        sum += tl.load(place, mask=mask, other=0).to(tl.float32)
+        sum += widen(tl.load(place, mask=mask, other=0))
     tl.store(place, narrow(sum, out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 NESTED_BLOCK = tl.constexpr(256)  # scales that share a scale
 NESTED_VALUES = tl.constexpr(256)  # of a scale's code
-# The interpreter multiplies bfloat16 as if its bits were integers, and cuts off where a GPU rounds:
-# `dot` and `narrow` make up for both, and are plain operations when compiled.
+# The interpreter multiplies bfloat16 as if its bits were integers, cuts off where a GPU rounds, and
+# reads subnormal numbers wrongly: `dot`, `narrow` and `widen` make up for that, and are plain
+# operations when compiled.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -26,6 +27,15 @@ def narrow(value, dtype: tl.constexpr):
         rounded = tl.where(value == value, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)
         return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return value.to(dtype)
+
+
+@triton.jit
+def widen(value):
+    """The float32 of a stored number."""
+    if INTERPRETED and value.dtype == tl.bfloat16:
+        bits = value.to(tl.uint16, bitcast=True).to(tl.uint32)
+        return (bits << 16).to(tl.float32, bitcast=True)
+    return value.to(tl.float32)
 
 
 @triton.jit
@@ -104,7 +114,7 @@ def decode_tile(
     k = column + tl.arange(0, BLOCK_K)[None, :]
     first = (expert.to(tl.int64) * rows + n)[:, None]  # counted over all experts
     if BITS == 0:
-        value = load(weight_ptr + first * columns + k, k < columns, EVEN).to(tl.float32)
+        value = widen(load(weight_ptr + first * columns + k, k < columns, EVEN))
     elif BITS == 8:
         code = load(weight_ptr + first * columns + k, k < columns, EVEN)
         # A division that rounds to nearest, as everywhere else; `/` is off by an ulp on a GPU.
