@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peftkern.kernels import qlora_paths as paths
 from peftkern.kernels.qlora_tiles import (
+    convert,
     dot,
     dropout_limit,
     keep_tile,
@@ -41,7 +42,7 @@ def _down_step(
             x = tl.where(keep, x, 0.0)
         place = lora_a_ptr + (group * rank + r)[:, None] * columns + k[None, :]
         a = tl.load(place, mask=(r < rank)[:, None] & (k < columns)[None, :], other=0)
-        sum = dot(x, tl.trans(narrow(widen(a), x_ptr.dtype.element_ty)), sum)
+        sum = dot(x, tl.trans(convert(a, x_ptr.dtype.element_ty)), sum)
     return sum
 
 
@@ -149,8 +150,8 @@ def lora_down(
     if down.numel() == 0:
         return down
     drops = seed is not None and limit != 0
-    tile = paths.tile("down", x.device, x.dtype, rows)
     experts = 1 if offsets is None else len(offsets) - 1
+    tile = paths.tile("down", x.device, x.dtype, triton.cdiv(rows, experts))
     block_r = min(max(triton.next_power_of_2(rank), 16), tile.outputs)
     programs = row_tiles(rows, experts, tile.rows), triton.cdiv(rank, block_r)
     splits = paths.splits(tile, programs[0] * programs[1], columns, x.device)

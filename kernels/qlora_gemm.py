@@ -19,6 +19,7 @@ from torch import Tensor
 from peftkern.kernels import qlora_paths as paths
 from peftkern.kernels.qlora_forward import add_up
 from peftkern.kernels.qlora_tiles import (
+    convert,
     decode_arguments,
     decode_tile,
     dot,
@@ -47,11 +48,11 @@ def _low_rank(
         if OVER_ROWS:
             place = factor_ptr + (group * rank + r)[:, None] * outputs + o[None, :]
             factor = tl.load(place, mask=(r < rank)[:, None] & (o < outputs)[None, :], other=0)
-            sum = dot(low, narrow(widen(factor), dtype), sum)
+            sum = dot(low, convert(factor, dtype), sum)
         else:
             place = factor_ptr + (group * outputs + o)[:, None] * rank + r[None, :]
             factor = tl.load(place, mask=(o < outputs)[:, None] & (r < rank)[None, :], other=0)
-            sum = dot(narrow(widen(factor), dtype), tl.trans(low), sum)
+            sum = dot(convert(factor, dtype), tl.trans(low), sum)
     return sum
 
 
@@ -237,7 +238,8 @@ def gemm(
     drops = seed is not None and limit != 0
     rank = 0 if low is None or (drops and limit is None) else low.shape[-1]
     aligned = block_size == 0 or columns % block_size == 0
-    tile = paths.tile("grad_x" if over_rows else "gemm", x.device, x.dtype, inputs)
+    each = triton.cdiv(inputs, experts)  # rows of an expert, if all have as many
+    tile = paths.tile("grad_x" if over_rows else "gemm", x.device, x.dtype, each)
     if not aligned:
         tile = tile._replace(**paths.STRADDLING)
     programs = row_tiles(inputs, experts, tile.rows), triton.cdiv(outputs, tile.outputs)

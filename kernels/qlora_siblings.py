@@ -20,7 +20,7 @@ from peftkern.kernels import qlora_paths as paths
 from peftkern.kernels.qlora_backward import gradients, rows_of
 from peftkern.kernels.qlora_forward import BLOCK_SUM
 from peftkern.kernels.qlora_product import product
-from peftkern.kernels.qlora_tiles import dot, dropout_limit, keep_tile, narrow, row_tiles, widen
+from peftkern.kernels.qlora_tiles import convert, dot, dropout_limit, keep_tile, row_tiles
 from peftkern.qlora.siblings import split_weights
 
 
@@ -64,7 +64,7 @@ def siblings_down_kernel(
         for i in tl.static_range(len(out_ptrs)):
             from_a = lora_a_ptrs[i] + r.to(tl.int64)[:, None] * columns + k[None, :]
             a = tl.load(from_a, mask=(r < ranks[i])[:, None] & is_k, other=0)
-            a = tl.trans(narrow(widen(a), x.dtype))
+            a = tl.trans(convert(a, x.dtype))
             if seed_ptrs is None:
                 kept = x
             else:

@@ -39,6 +39,15 @@ def widen(value):
 
 
 @triton.jit
+def convert(value, dtype: tl.constexpr):
+    """A stored number in this dtype: in its own as it is, in another one rounded once."""
+    if value.dtype == dtype:
+        return value
+    else:
+        return narrow(widen(value), dtype)
+
+
+@triton.jit
 def dot(left, right, sum):
     """left [m, k] times right [k, n], onto sum [m, n] float32; exact products, float32 included."""
     if INTERPRETED:
@@ -114,7 +123,7 @@ def decode_tile(
     k = column + tl.arange(0, BLOCK_K)[None, :]
     first = (expert.to(tl.int64) * rows + n)[:, None]  # counted over all experts
     if BITS == 0:
-        value = widen(load(weight_ptr + first * columns + k, k < columns, EVEN))
+        value = convert(load(weight_ptr + first * columns + k, k < columns, EVEN), dtype)
     elif BITS == 8:
         code = load(weight_ptr + first * columns + k, k < columns, EVEN)
         # A division that rounds to nearest, as everywhere else; `/` is off by an ulp on a GPU.
@@ -145,7 +154,7 @@ def decode_tile(
             )  # fmt: skip
         # A pipelined loop would copy what is loaded here by an instruction for each weight.
         value = gather(codebook_ptr, 16, code) * scale
-    return narrow(value, dtype)
+    return value if BITS == 0 else narrow(value, dtype)
 
 
 @triton.jit
@@ -206,7 +215,7 @@ def tile_rows(
     experts,
     rows,
     GROUPED: tl.constexpr,  # whether there are offsets
-    BLOCK_M: tl.constexpr,
+    height,  # rows of a tile
     BLOCK_E: tl.constexpr,  # a power of two, at least `experts`
 ):
     """Of this tile, which holds rows of one expert alone: the expert, its first row, its end.
@@ -218,14 +227,14 @@ def tile_rows(
         begin = tl.load(offsets_ptr + e, mask=e < experts, other=0)
         end = tl.load(offsets_ptr + e + 1, mask=e < experts, other=0)
         end = tl.minimum(end, rows)
-        tiles = (tl.maximum(end - begin, 0) + BLOCK_M - 1) // BLOCK_M
+        tiles = (tl.maximum(end - begin, 0) + height - 1) // height
         last = tl.cumsum(tiles, 0)
         expert = tl.sum((last <= tile).to(tl.int32), 0)
         mine = e == expert  # nowhere, of a tile that is left over: then first and end are 0
-        first = tl.sum(tl.where(mine, begin + (tile - last + tiles) * BLOCK_M, 0), 0)
+        first = tl.sum(tl.where(mine, begin + (tile - last + tiles) * height, 0), 0)
         return tl.minimum(expert, experts - 1), first, tl.sum(tl.where(mine, end, 0), 0)
     else:
-        return tile * 0, tile.to(tl.int64) * BLOCK_M, rows
+        return tile * 0, tile.to(tl.int64) * height, rows
 
 
 @triton.jit

@@ -208,6 +208,24 @@ def test_a_weight_of_several_panels_is_the_reference(device, size, monkeypatch):
     assert_as_good(y, reference.linear, x, weight.dequantize(torch.float32), *rest)
 
 
+def test_a_dense_weight_in_another_dtype_is_rounded_in_panels(device, monkeypatch):
+    """So that no second weight lies around."""
+    monkeypatch.setattr(panels, "PANEL_BYTES", 1)
+    shapes, decode = [], panels.decode
+
+    def record(panel, *rest):
+        shapes.append(tuple(panel.shape))
+        decode(panel, *rest)
+
+    monkeypatch.setattr(panels, "decode", record)
+    x, weight, *rest = on(device, *sample(300, 64, 40, 4, torch.bfloat16))
+    y = run(x, weight.dequantize(), *rest)
+    assert_as_good(y, reference.linear, x, weight.dequantize(), *rest)
+    assert shapes == [(128, 64), (128, 64), (44, 64)]
+    run(x, weight.dequantize(torch.bfloat16), *rest)
+    assert len(shapes) == 3
+
+
 @pytest.mark.parametrize("size", [1, 20_000])
 def test_the_gradient_of_x_may_take_several_panels_too(device, size, monkeypatch):
     """Of 128 columns each, and one that is narrower."""
@@ -281,6 +299,20 @@ def test_few_rows_of_one_adapter_go_to_qlora_decode(device, inputs, mixed):
         y, _ = ops._linear_op(x, weight.buffers, weight.layout, *rest, adapter if mixed else None)
     assert calls == ([inputs] if inputs <= 16 and not mixed else [])
     assert_as_good(y, reference.linear, x, weight.dequantize(torch.float32), *rest[:-1])
+
+
+def test_rows_of_many_experts_come_in_tiles_for_those_of_one(device, monkeypatch):
+    x, weight, *rest = on(device, *sample(16, 32, 12, 2, experts=4))
+    asked, tile = [], paths.tile
+
+    def record(kernel, device, dtype, rows):
+        asked.append((kernel, rows))
+        return tile(kernel, device, dtype, rows)
+
+    monkeypatch.setattr(paths, "tile", record)
+    offsets = torch.tensor([0, 1, 5, 7, 12], device=device)
+    run(x, weight, *rest, offsets=offsets)
+    assert asked == [("down", 3), ("gemm", 3)]
 
 
 def test_the_same_call_gives_the_same_bits(device):
