@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peftkern.kernels import qlora_paths as paths
 from peftkern.kernels.qlora_tiles import (
+    convert,
     dot,
     dropout_limit,
     keep_tile,
@@ -20,6 +21,7 @@ from peftkern.kernels.qlora_tiles import (
     row_tiles,
     tile_adapters,
     tile_rows,
+    widen,
 )
 
 BLOCK_SUM = 1024
@@ -40,11 +42,11 @@ def _down_step(
             x = tl.where(keep, x, 0.0)
         place = lora_a_ptr + (group * rank + r)[:, None] * columns + k[None, :]
         a = tl.load(place, mask=(r < rank)[:, None] & (k < columns)[None, :], other=0)
-        sum = dot(x, tl.trans(narrow(a.to(tl.float32), x_ptr.dtype.element_ty)), sum)
+        sum = dot(x, tl.trans(convert(a, x_ptr.dtype.element_ty)), sum)
     return sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "experts", "adapters", "threshold"])
 def down_kernel(
     x_ptr,  # [rows, columns]
     lora_a_ptr,  # [adapters, rank, columns], of any float dtype
@@ -87,10 +89,12 @@ def down_kernel(
         while group < last:
             chosen = inside & (adapter == group)
             if tl.max(chosen.to(tl.int32), 0) > 0:
-                sum = _down_step(
+                more = _down_step(
                     x_ptr, lora_a_ptr, seed_ptr, sum, m, chosen, r, group.to(tl.int64), begin, end,
                     columns, rank, threshold, DROPOUT, WHOLE_QUADS, BLOCK_M, BLOCK_K,
                 )  # fmt: skip
+                # Zeros in x do not keep out an adapter that is not finite.
+                sum = tl.where(chosen[:, None], more, sum)
             group += 1
     else:
         sum = _down_step(
@@ -116,7 +120,7 @@ def sum_kernel(
     for split in tl.static_range(1, SPLITS):
         sum += tl.load(parts_ptr + tl.cast(split, tl.int64) * count + i, mask=i < count, other=0)
     if ADD:
-        sum += tl.load(out_ptr + i, mask=i < count, other=0).to(tl.float32)
+        sum += widen(tl.load(out_ptr + i, mask=i < count, other=0))
     tl.store(out_ptr + i, narrow(sum, out_ptr.dtype.element_ty), mask=i < count)
 
 
@@ -146,8 +150,8 @@ def lora_down(
     if down.numel() == 0:
         return down
     drops = seed is not None and limit != 0
-    tile = paths.tile("down", x.device, x.dtype, rows)
     experts = 1 if offsets is None else len(offsets) - 1
+    tile = paths.tile("down", x.device, x.dtype, triton.cdiv(rows, experts))
     block_r = min(max(triton.next_power_of_2(rank), 16), tile.outputs)
     programs = row_tiles(rows, experts, tile.rows), triton.cdiv(rank, block_r)
     splits = paths.splits(tile, programs[0] * programs[1], columns, x.device)

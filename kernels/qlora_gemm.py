@@ -19,6 +19,7 @@ from torch import Tensor
 from peftkern.kernels import qlora_paths as paths
 from peftkern.kernels.qlora_forward import add_up
 from peftkern.kernels.qlora_tiles import (
+    convert,
     decode_arguments,
     decode_tile,
     dot,
@@ -29,6 +30,7 @@ from peftkern.kernels.qlora_tiles import (
     row_tiles,
     tile_adapters,
     tile_rows,
+    widen,
 )
 
 
@@ -46,11 +48,11 @@ def _low_rank(
         if OVER_ROWS:
             place = factor_ptr + (group * rank + r)[:, None] * outputs + o[None, :]
             factor = tl.load(place, mask=(r < rank)[:, None] & (o < outputs)[None, :], other=0)
-            sum = dot(low, narrow(factor.to(tl.float32), dtype), sum)
+            sum = dot(low, convert(factor, dtype), sum)
         else:
             place = factor_ptr + (group * outputs + o)[:, None] * rank + r[None, :]
             factor = tl.load(place, mask=(o < outputs)[:, None] & (r < rank)[None, :], other=0)
-            sum = dot(narrow(factor.to(tl.float32), dtype), tl.trans(low), sum)
+            sum = dot(convert(factor, dtype), tl.trans(low), sum)
     return sum
 
 
@@ -69,10 +71,12 @@ def _first_sum(
             while group < last:
                 chosen = inside & (adapter == group)
                 if tl.max(chosen.to(tl.int32), 0) > 0:
-                    sum = _low_rank(
+                    more = _low_rank(
                         low_ptr, factor_ptr, sum, m, chosen, o, group.to(tl.int64), outputs, rank,
                         OVER_ROWS, BLOCK_R, dtype,
                     )  # fmt: skip
+                    # Zeros in `low` do not keep out an adapter that is not finite.
+                    sum = tl.where(chosen[:, None] if OVER_ROWS else chosen[None, :], more, sum)
                 group += 1
         else:
             sum = _low_rank(
@@ -85,11 +89,11 @@ def _first_sum(
             sum = tl.where(keep, sum, 0.0)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + expert.to(tl.int64) * outputs + o, mask=o < outputs, other=0)
-        sum += bias.to(tl.float32)[:, None]
+        sum += widen(bias)[:, None]
     return sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inputs", "experts", "adapters", "threshold"])
 def gemm_kernel(
     x_ptr,  # [inputs, terms]: x, or OVER_ROWS the gradient of y
     weight_ptr,  # and its parts, as decode_tile takes them: [experts, rows, columns]
@@ -188,7 +192,7 @@ def gemm_kernel(
     place = out_ptr + (split.to(tl.int64) * inputs + m)[:, None] * outputs + o[None, :]
     mask = inside[:, None] & (o < outputs)[None, :]
     if ADD:
-        sum += tl.load(place, mask=mask, other=0).to(tl.float32)
+        sum += widen(tl.load(place, mask=mask, other=0))
     tl.store(place, narrow(sum, out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -234,7 +238,8 @@ def gemm(
     drops = seed is not None and limit != 0
     rank = 0 if low is None or (drops and limit is None) else low.shape[-1]
     aligned = block_size == 0 or columns % block_size == 0
-    tile = paths.tile("grad_x" if over_rows else "gemm", x.device, x.dtype, inputs)
+    each = triton.cdiv(inputs, experts)  # rows of an expert, if all have as many
+    tile = paths.tile("grad_x" if over_rows else "gemm", x.device, x.dtype, each)
     if not aligned:
         tile = tile._replace(**paths.STRADDLING)
     programs = row_tiles(inputs, experts, tile.rows), triton.cdiv(outputs, tile.outputs)

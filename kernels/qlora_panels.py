@@ -25,7 +25,7 @@ PANEL_STEP = 128  # rows and columns: a panel ends where a tile of the product d
 BLOCK_N, BLOCK_K = 32, 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height"])  # the last panel is of any
 def panel_kernel(
     weight_ptr,  # and its parts, as decode_tile takes them: [1, rows, columns]
     absmax_ptr,
@@ -49,7 +49,8 @@ def panel_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Floor: bytes of the packed panel read, of the panel written."""
-    below, right = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_K
+    tiles = tl.cdiv(width, BLOCK_K)
+    below, right = tl.program_id(0) // tiles * BLOCK_N, tl.program_id(0) % tiles * BLOCK_K
     value = decode_tile(
         weight_ptr, absmax_ptr, codebook_ptr, nested_absmax_ptr, nested_map_ptr, nested_offset_ptr,
         tl.program_id(0) * 0, row + below, column + right, rows, columns, out_ptr.dtype.element_ty,
@@ -103,12 +104,13 @@ def _panels(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Begin and end of each panel, of rows or, over_rows, of columns; and its weights in `dtype`.
 
-    All lie in one buffer: a panel is gone when the next one comes. A dense weight is one panel.
+    All lie in one buffer: a panel is gone when the next one comes. A dense weight in this dtype is
+    one panel; in another one it is rounded panel by panel, so that no second weight lies around.
     """
-    _, rows, columns, block_size, bits = layout
+    _, rows, columns, _, bits = layout
     length, other = (columns, rows) if over_rows else (rows, columns)
-    if bits == 0:
-        yield 0, length, weight[0].view(rows, columns).to(dtype)
+    if bits == 0 and weight[0].dtype == dtype:
+        yield 0, length, weight[0].view(rows, columns)
         return
     count = max(triton.cdiv(rows * columns * dtype.itemsize, PANEL_BYTES), 1)
     size = triton.cdiv(triton.cdiv(length, count), PANEL_STEP) * PANEL_STEP
@@ -118,16 +120,22 @@ def _panels(
         shape = (rows, end - begin) if over_rows else (end - begin, columns)
         panel = buffer[: shape[0] * shape[1]].view(shape)
         if panel.numel():
-            _decode(panel, weight, layout, *((0, begin) if over_rows else (begin, 0)))
+            decode(panel, weight, layout, *((0, begin) if over_rows else (begin, 0)))
         yield begin, end, panel
 
 
-def _decode(
-    panel: Tensor, weight: Sequence[Tensor], layout: Sequence[int], row: int, column: int
+def decode(
+    panel: Tensor, weight: Sequence[Tensor], layout: Sequence[int], row: int = 0, column: int = 0
 ) -> None:
+    """Fills a panel, of any float dtype, with W[row : row + height, column : column + width].
+
+    Args:
+        weight, layout: as every op takes them, of one expert.
+        row, column: multiples of PANEL_STEP.
+    """
     _, rows, columns, block_size, bits = layout
     height, width = panel.shape
-    panel_kernel[(triton.cdiv(height, BLOCK_N), triton.cdiv(width, BLOCK_K))](
+    panel_kernel[(triton.cdiv(height, BLOCK_N) * triton.cdiv(width, BLOCK_K),)](
         *decode_arguments(weight),
         panel,
         row,

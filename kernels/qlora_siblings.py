@@ -20,11 +20,11 @@ from peftkern.kernels import qlora_paths as paths
 from peftkern.kernels.qlora_backward import gradients, rows_of
 from peftkern.kernels.qlora_forward import BLOCK_SUM
 from peftkern.kernels.qlora_product import product
-from peftkern.kernels.qlora_tiles import dot, dropout_limit, keep_tile, narrow, row_tiles
+from peftkern.kernels.qlora_tiles import convert, dot, dropout_limit, keep_tile, row_tiles
 from peftkern.qlora.siblings import split_weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "threshold"])
 def siblings_down_kernel(
     x_ptr,  # [rows, columns]
     lora_a_ptrs,  # of each sibling, [rank, columns], of any float dtype
@@ -64,7 +64,7 @@ def siblings_down_kernel(
         for i in tl.static_range(len(out_ptrs)):
             from_a = lora_a_ptrs[i] + r.to(tl.int64)[:, None] * columns + k[None, :]
             a = tl.load(from_a, mask=(r < ranks[i])[:, None] & is_k, other=0)
-            a = tl.trans(narrow(a.to(tl.float32), x.dtype))
+            a = tl.trans(convert(a, x.dtype))
             if seed_ptrs is None:
                 kept = x
             else:

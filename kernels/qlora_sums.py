@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peftkern.kernels import qlora_paths as paths
 from peftkern.kernels.qlora_strips import Groups, finish, rows_at, strip_of, strips_of
-from peftkern.kernels.qlora_tiles import dot, dropout_limit, keep_tile, narrow
+from peftkern.kernels.qlora_tiles import convert, dot, dropout_limit, keep_tile, narrow
 
 
 @triton.jit(do_not_specialize=["rows", "groups"])
@@ -63,7 +63,7 @@ def lora_bwd_kernel(
     if t_parts_ptr is not None:
         from_b = lora_b_ptr + (group.to(tl.int64) * outputs + n)[:, None] * rank + first
         lora_b = tl.load(from_b + j[None, :], mask=is_n[:, None] & is_j[None, :], other=0)
-        lora_b = narrow(lora_b.to(tl.float32), grad_ptr.dtype.element_ty)
+        lora_b = convert(lora_b, grad_ptr.dtype.element_ty)
     for start in range(begin, end, BLOCK_M):
         row, inside = rows_at(start, end, order_ptr, BLOCK_M)
         is_low_rank = inside[:, None] & is_j[None, :]
@@ -87,7 +87,7 @@ def lora_bwd_kernel(
         tl.store(bias_parts_ptr + part, tl.sum(sum_bias, 1), mask=is_n)
 
 
-@triton.jit(do_not_specialize=["rows", "groups"])
+@triton.jit(do_not_specialize=["rows", "groups", "threshold"])
 def grad_a_kernel(
     t_ptr,  # [rows, rank] float32
     x_ptr,  # [rows, columns]

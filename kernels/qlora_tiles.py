@@ -13,8 +13,9 @@ from torch import Tensor
 
 NESTED_BLOCK = tl.constexpr(256)  # scales that share a scale
 NESTED_VALUES = tl.constexpr(256)  # of a scale's code
-# The interpreter multiplies bfloat16 as if its bits were integers, and cuts off where a GPU rounds:
-# `dot` and `narrow` make up for both, and are plain operations when compiled.
+# The interpreter multiplies bfloat16 as if its bits were integers, cuts off where a GPU rounds, and
+# reads subnormal numbers wrongly: `dot`, `narrow` and `widen` make up for that, and are plain
+# operations when compiled.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -26,6 +27,24 @@ def narrow(value, dtype: tl.constexpr):
         rounded = tl.where(value == value, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)
         return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return value.to(dtype)
+
+
+@triton.jit
+def widen(value):
+    """The float32 of a stored number."""
+    if INTERPRETED and value.dtype == tl.bfloat16:
+        bits = value.to(tl.uint16, bitcast=True).to(tl.uint32)
+        return (bits << 16).to(tl.float32, bitcast=True)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def convert(value, dtype: tl.constexpr):
+    """A stored number in this dtype: in its own as it is, in another one rounded once."""
+    if value.dtype == dtype:
+        return value
+    else:
+        return narrow(widen(value), dtype)
 
 
 @triton.jit
@@ -104,7 +123,7 @@ def decode_tile(
     k = column + tl.arange(0, BLOCK_K)[None, :]
     first = (expert.to(tl.int64) * rows + n)[:, None]  # counted over all experts
     if BITS == 0:
-        value = load(weight_ptr + first * columns + k, k < columns, EVEN).to(tl.float32)
+        value = convert(load(weight_ptr + first * columns + k, k < columns, EVEN), dtype)
     elif BITS == 8:
         code = load(weight_ptr + first * columns + k, k < columns, EVEN)
         # A division that rounds to nearest, as everywhere else; `/` is off by an ulp on a GPU.
@@ -135,7 +154,7 @@ def decode_tile(
             )  # fmt: skip
         # A pipelined loop would copy what is loaded here by an instruction for each weight.
         value = gather(codebook_ptr, 16, code) * scale
-    return narrow(value, dtype)
+    return value if BITS == 0 else narrow(value, dtype)
 
 
 @triton.jit
@@ -196,7 +215,7 @@ def tile_rows(
     experts,
     rows,
     GROUPED: tl.constexpr,  # whether there are offsets
-    BLOCK_M: tl.constexpr,
+    height,  # rows of a tile
     BLOCK_E: tl.constexpr,  # a power of two, at least `experts`
 ):
     """Of this tile, which holds rows of one expert alone: the expert, its first row, its end.
@@ -208,14 +227,14 @@ def tile_rows(
         begin = tl.load(offsets_ptr + e, mask=e < experts, other=0)
         end = tl.load(offsets_ptr + e + 1, mask=e < experts, other=0)
         end = tl.minimum(end, rows)
-        tiles = (tl.maximum(end - begin, 0) + BLOCK_M - 1) // BLOCK_M
+        tiles = (tl.maximum(end - begin, 0) + height - 1) // height
         last = tl.cumsum(tiles, 0)
         expert = tl.sum((last <= tile).to(tl.int32), 0)
         mine = e == expert  # nowhere, of a tile that is left over: then first and end are 0
-        first = tl.sum(tl.where(mine, begin + (tile - last + tiles) * BLOCK_M, 0), 0)
+        first = tl.sum(tl.where(mine, begin + (tile - last + tiles) * height, 0), 0)
         return tl.minimum(expert, experts - 1), first, tl.sum(tl.where(mine, end, 0), 0)
     else:
-        return tile * 0, tile.to(tl.int64) * BLOCK_M, rows
+        return tile * 0, tile.to(tl.int64) * height, rows
 
 
 @triton.jit

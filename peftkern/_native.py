@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from importlib import import_module
 from importlib.util import find_spec
@@ -87,7 +87,8 @@ def register_triton(family: str, verb: str) -> None:
     PEFTKERN_TRITON=1 asks for it."""
 
     def launch(*args: Any) -> Any:
-        return getattr(import_module(f"peftkern.kernels.{family}"), verb)(*args)
+        with _current(_device_of(args)):
+            return getattr(import_module(f"peftkern.kernels.{family}"), verb)(*args)
 
     name = f"{family}_{verb}"
     launchers[name] = launch
@@ -214,7 +215,7 @@ def serves(op: str, device: str) -> bool:
 def _announced(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(reference)
     def run(*args: Any) -> Any:
-        device = _device_of(args)
+        device = _device_of(args).type
         if os.environ.get("PEFTKERN_STRICT") == "1":
             raise NotImplementedError(f"{name} has no kernel for {device} in this build")
         if (name, device) not in _warned:
@@ -229,8 +230,18 @@ def _announced(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _device_of(args: tuple[Any, ...]) -> str:
-    return next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
+def _device_of(args: tuple[Any, ...]) -> torch.device:
+    """That of the first tensor, which may stand in a list."""
+    for arg in args:
+        for one in arg if isinstance(arg, (list, tuple)) else [arg]:
+            if isinstance(one, torch.Tensor):
+                return one.device
+    return torch.device("cpu")
+
+
+def _current(device: torch.device) -> Any:
+    """Makes a GPU the current one, which Triton launches on wherever the operands lie."""
+    return getattr(torch, device.type).device(device) if device.type in GPUS else nullcontext()
 
 
 def kernels() -> dict[str, dict[str, str]]:

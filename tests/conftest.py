@@ -1,6 +1,7 @@
 """What every test runs under: no silent fallback, no unnoticed read of fresh memory."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,6 +11,11 @@ if not torch.cuda.is_available():  # before anything imports triton: its kernels
 from hypothesis import HealthCheck, settings
 
 from peftkern import _native
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    import triton_checked
+
+    triton_checked.install()
 
 if _native.loaded:  # without the compiled library there is nothing but the references to test
     os.environ["PEFTKERN_STRICT"] = "1"

@@ -15,7 +15,8 @@ import pytest
 from peftkern.bench import sass
 from peftkern.bench.predict_data import SLOTS
 
-SOURCES = sorted(Path(__file__).parents[1].glob("csrc/*/cuda*.cu"))
+CSRC = Path(__file__).parents[1] / "csrc"
+SOURCES = sorted(CSRC.glob("*/cuda*.cu"))
 
 MATRIX = ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128")
 PLAIN = ("FFMA", "LDGSTS.E.BYPASS.128")
@@ -89,7 +90,7 @@ def kernels(tmp_path_factory):
 
 def launched():
     """How many threads a block of each kernel has, as the sources that start it say."""
-    text = "\n".join(path.read_text() for path in ROOT.glob("csrc/*/cuda*"))
+    text = "\n".join(path.read_text() for path in CSRC.glob("*/cuda*"))
     sizes = dict(re.findall(r"constexpr int (k\w*Threads) = (\d+);", text))
     starts = re.findall(r"\blaunch\((\w+)_kernel<.*?dim3\((k\w*Threads)\),", text, re.S)
     return {name: int(sizes[size]) for name, size in starts}

@@ -9,7 +9,8 @@ from samples import FORMATS, quantized
 from peftkern.qlora import fallback
 
 triton_qlora = pytest.importorskip("peftkern.kernels.qlora", reason="needs triton")
-gemm = pytest.importorskip("peftkern.kernels.qlora_gemm").gemm
+from peftkern.kernels import qlora_paths as paths  # noqa: E402
+from peftkern.kernels.qlora_gemm import gemm  # noqa: E402
 
 
 @given(
@@ -35,6 +36,23 @@ def test_every_scale_is_rounded_as_in_the_reference(device, format):
     assert torch.equal(out, fallback.dense(weight.buffers, weight.layout)[0])
 
 
+def bias_alone(bias, dtype):
+    """y of no columns."""
+    x, y = bias.new_empty(1, 0, dtype=dtype), bias.new_empty(1, len(bias), dtype=dtype)
+    with paths.forced(tile=paths.Tile(16, 512, 32, 4, 1, 1)):
+        gemm(x, [x.new_empty(len(bias), 0)], [1, len(bias), 0, 0, 0], y, bias=bias)
+    return y[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_pattern_survives_the_way_to_float_and_back(device, dtype):
+    """Those below the normal numbers too, which the interpreter itself reads wrongly."""
+    bias = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
+    y = bias_alone(bias, dtype)
+    same = y == bias  # so a NaN is not
+    assert torch.equal(~same, bias.isnan()) and torch.equal(y.isnan(), bias.isnan())
+
+
 def test_every_float_is_rounded_to_bfloat16_as_torch_rounds(device):
     """In the interpreter by `narrow`, since its own conversion cuts off."""
     bits = torch.randint(-(2**31), 2**31, (2**10,)).to(torch.int32)
@@ -42,9 +60,7 @@ def test_every_float_is_rounded_to_bfloat16_as_torch_rounds(device):
         [0.0, torch.inf, torch.nan, 3.4e38, 2.0**-133, 1 + 2.0**-8, 1 + 3 * 2.0**-8]
     )
     values = torch.cat([bits.view(torch.float32), edges, -edges]).to(device)
-    x = torch.ones(1, 0, device=device, dtype=torch.bfloat16)  # no columns: y is the bias
-    y = torch.empty(1, len(values), device=device, dtype=torch.bfloat16)
-    gemm(x, [x.new_empty(len(values), 0)], [1, len(values), 0, 0, 0], y, bias=values)
+    y = bias_alone(values, torch.bfloat16)
     wanted = values.to(torch.bfloat16)
-    assert torch.equal(y[0].isnan(), wanted.isnan())
-    assert torch.equal(y[0][~wanted.isnan()], wanted[~wanted.isnan()])
+    assert torch.equal(y.isnan(), wanted.isnan())
+    assert torch.equal(y[~wanted.isnan()], wanted[~wanted.isnan()])

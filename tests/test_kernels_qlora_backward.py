@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from peftkern import _verdict
 from peftkern.qlora import fallback, reference
+from peftkern.qlora.ops import operand
 
 triton_qlora = pytest.importorskip("peftkern.kernels.qlora", reason="needs triton")
 from peftkern.kernels import qlora_paths as paths  # noqa: E402
@@ -29,16 +30,9 @@ def on(device, *tensors):
     return [t if t is None else t.to(device) for t in tensors]
 
 
-def operands(weight):
-    """A weight's tensors and layout, as ops take them."""
-    if isinstance(weight, torch.Tensor):
-        return [weight], [*(1,) * (3 - weight.dim()), *weight.shape, 0, 0]
-    return weight.buffers, weight.layout
-
-
 def arguments(grad, x, weight, bias, lora_a, lora_b, *rest):
     """Those of the op, but for `needs`; `rest` from the scale on."""
-    rest = [*operands(weight), bias, lora_a, lora_b, *rest]
+    rest = [*operand(weight), bias, lora_a, lora_b, *rest]
     _, down = fallback.linear(x, *rest)
     return [grad, x, down, *rest]
 
@@ -270,7 +264,7 @@ def counted(run):
 def test_a_training_step_is_a_handful_of_launches_and_allocations(device):
     x, weight, bias, lora_a, lora_b = on(device, *sample(20, 64, 40, 4, torch.bfloat16))
     seed = torch.tensor([1], device=device)
-    rest = [*operands(weight), bias, lora_a, lora_b, 0.5, 0.25, seed, None, None]
+    rest = [*operand(weight), bias, lora_a, lora_b, 0.5, 0.25, seed, None, None]
     grad, needs = torch.ones(40, 20, dtype=x.dtype, device=device), [True, False, True, True, True]
     with paths.forced("gemm", paths.Tile(32, 32, 64, 4, 1, 1)):
         (_, down), launches, rooms = counted(lambda: triton_qlora.linear(x, *rest))

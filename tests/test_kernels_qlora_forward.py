@@ -11,12 +11,12 @@ from samples import FORMATS, quantized, sample
 
 from peftkern import _native
 from peftkern.qlora import fallback, ops, reference
+from peftkern.qlora.ops import operand
 
 triton_qlora = pytest.importorskip("peftkern.kernels.qlora", reason="needs triton")
 from peftkern.kernels import qlora_panels as panels  # noqa: E402
 from peftkern.kernels import qlora_paths as paths  # noqa: E402
 from peftkern.kernels.qlora_forward import lora_down  # noqa: E402
-from peftkern.kernels.qlora_gemm import gemm  # noqa: E402
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SIZES = st.integers(1, 70)
@@ -34,19 +34,12 @@ def run(
     offsets=None, adapter=None, path=None, tile=None,
 ):  # fmt: skip
     """y of the launcher; `down` has to be what the fallback gives too."""
-    tensors, layout = operands(weight)
+    tensors, layout = operand(weight)
     rest = [tensors, layout, bias, lora_a, lora_b, scale, dropout, seed, offsets, adapter]
     with paths.forced(path, tile):
         y, down = triton_qlora.linear(x, *rest)
     assert_as_good(down, lambda *args: fallback.linear(*args)[1], x, *rest)
     return y
-
-
-def operands(weight):
-    """A weight's tensors and layout, as ops take them."""
-    if isinstance(weight, torch.Tensor):
-        return [weight], [*(1,) * (3 - weight.dim()), *weight.shape, 0, 0]
-    return weight.buffers, weight.layout
 
 
 @pytest.mark.parametrize("path", ["gemm", "panels"])
@@ -109,38 +102,6 @@ def test_expert_linear_is_the_reference(
     y = run(x, base, *rest, offsets, adapter, path=path, tile=tile)
     truth = base if dense else weight.dequantize(torch.float32)
     assert_as_good(y, reference.expert_linear, x, truth, offsets, *rest, adapter)
-
-
-@pytest.mark.parametrize("path", ["gemm", "panels"])
-@given(
-    rows=SIZES,
-    columns=COLUMNS,
-    inputs=st.integers(0, 40),
-    nested=st.booleans(),
-    dtype=DTYPES,
-    p=st.sampled_from([0.0, 0.25, 1.0]),
-    format=st.sampled_from(FORMATS),
-    tile=st.sampled_from(TILES),
-)
-def test_the_same_products_give_the_gradient_of_x(
-    device, path, rows, columns, inputs, nested, dtype, p, format, tile
-):
-    _, weight, _, lora_a, _ = sample(rows, columns, inputs, 4, dtype, nested=nested, format=format)
-    grad, up = torch.randn(inputs, rows, dtype=dtype), torch.randn(inputs, 4)
-    weight, lora_a, grad, up, seed = on(device, weight, lora_a, grad, up, torch.tensor([5]))
-    out = torch.empty(inputs, columns, dtype=dtype, device=device)
-    rest = [*operands(weight), out]
-    with paths.forced(tile=tile):
-        if path == "gemm":
-            gemm(grad, *rest, None, up, lora_a, 0.5, None, None, p, seed, over_rows=True)
-        else:
-            panels.grad_x(grad, *rest, up, lora_a, 0.5, None, None, p, seed)
-
-    def plain(grad, dense, up, lora_a):
-        low = reference.dropout(up.to(grad.dtype) @ lora_a, p, seed)
-        return grad @ dense.to(grad.dtype) + 0.5 * low
-
-    assert_as_good(out, plain, grad, weight.dequantize(torch.float32), up, lora_a)
 
 
 @given(
@@ -208,14 +169,22 @@ def test_a_weight_of_several_panels_is_the_reference(device, size, monkeypatch):
     assert_as_good(y, reference.linear, x, weight.dequantize(torch.float32), *rest)
 
 
-@pytest.mark.parametrize("size", [1, 20_000])
-def test_the_gradient_of_x_may_take_several_panels_too(device, size, monkeypatch):
-    """Of 128 columns each, and one that is narrower."""
-    monkeypatch.setattr(panels, "PANEL_BYTES", size)
-    _, weight, *_ = on(device, *sample(64, 320, 1, 4))
-    grad, out = torch.randn(40, 64, device=device), torch.empty(40, 320, device=device)
-    panels.grad_x(grad, *operands(weight), out, None, None, 1.0, None, None, 0.0, None)
-    assert_as_good(out, torch.matmul, grad, weight.dequantize())
+def test_a_dense_weight_in_another_dtype_is_rounded_in_panels(device, monkeypatch):
+    """So that no second weight lies around."""
+    monkeypatch.setattr(panels, "PANEL_BYTES", 1)
+    shapes, decode = [], panels.decode
+
+    def record(panel, *rest):
+        shapes.append(tuple(panel.shape))
+        decode(panel, *rest)
+
+    monkeypatch.setattr(panels, "decode", record)
+    x, weight, *rest = on(device, *sample(300, 64, 40, 4, torch.bfloat16))
+    y = run(x, weight.dequantize(), *rest)
+    assert_as_good(y, reference.linear, x, weight.dequantize(), *rest)
+    assert shapes == [(128, 64), (128, 64), (44, 64)]
+    run(x, weight.dequantize(torch.bfloat16), *rest)
+    assert len(shapes) == 3
 
 
 @pytest.mark.parametrize("path", ["gemm", "panels"])
@@ -232,6 +201,21 @@ def test_values_that_are_not_finite_stay_in_their_rows(device, path):
     assert y[:, 2].isnan().all() and not y[:, [0, 1, 3, 4, 5, 6, 7]].isnan().any()
 
 
+@pytest.mark.parametrize("spoilt", ["lora_a", "lora_b"])
+def test_an_adapter_that_is_not_finite_spoils_its_own_rows_alone(device, spoilt):
+    x, weight, bias, lora_a, lora_b = on(device, *sample(10, 64, 12, 4, experts=2))
+    offsets, adapter = on(
+        device, torch.tensor([0, 6, 12]), torch.arange(12).to(torch.int32) % 3 - 1
+    )
+    (lora_a if spoilt == "lora_a" else lora_b)[1] = torch.nan
+    rest = [*operand(weight), bias, lora_a, lora_b, 0.5, 0.0, None, offsets, adapter]
+    y, down = triton_qlora.linear(x, *rest)
+    needs = [True, False, False, False, False]
+    (grad_x,) = triton_qlora.linear_bwd(torch.ones_like(y), x, down, *rest, needs)
+    for found in (y, grad_x):
+        assert torch.equal(found.isnan().any(1), adapter == 1)
+
+
 @pytest.mark.parametrize("shape", [(64,), (0, 64), (2, 0, 64), (2, 3, 64), (3, 0)])
 def test_x_has_any_number_of_dimensions(device, shape):
     _, weight, *rest = on(device, *sample(9, shape[-1], 1, 4))
@@ -244,7 +228,7 @@ def test_x_has_any_number_of_dimensions(device, shape):
 def test_double_precision_is_left_to_the_fallback(device):
     x, weight, *rest = on(device, *sample(9, 64, 5, 4, torch.float64))
     y = run(x, weight, *rest)
-    wanted, _ = fallback.linear(x, *operands(weight), *rest, 1.0, 0.0, None, None, None)
+    wanted, _ = fallback.linear(x, *operand(weight), *rest, 1.0, 0.0, None, None, None)
     assert torch.equal(y, wanted)
 
 
@@ -266,6 +250,20 @@ def test_few_rows_of_one_adapter_go_to_qlora_decode(device, inputs, mixed):
         y, _ = ops._linear_op(x, weight.buffers, weight.layout, *rest, adapter if mixed else None)
     assert calls == ([inputs] if inputs <= 16 and not mixed else [])
     assert_as_good(y, reference.linear, x, weight.dequantize(torch.float32), *rest[:-1])
+
+
+def test_rows_of_many_experts_come_in_tiles_for_those_of_one(device, monkeypatch):
+    x, weight, *rest = on(device, *sample(16, 32, 12, 2, experts=4))
+    asked, tile = [], paths.tile
+
+    def record(kernel, device, dtype, rows):
+        asked.append((kernel, rows))
+        return tile(kernel, device, dtype, rows)
+
+    monkeypatch.setattr(paths, "tile", record)
+    offsets = torch.tensor([0, 1, 5, 7, 12], device=device)
+    run(x, weight, *rest, offsets=offsets)
+    assert asked == [("down", 3), ("gemm", 3)]
 
 
 def test_the_same_call_gives_the_same_bits(device):

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftkern import _native, qlora
 from peftkern.qlora import fallback
@@ -105,3 +107,27 @@ print(any(_native.serves(op, "xpu") for op in _native.references))
 
 def test_without_triton_no_gpu_is_said_to_be_served_by_it():
     assert run(WITHOUT_TRITON).strip() == "False"
+
+
+@needs_triton
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_launcher_in_triton_runs_on_the_device_of_its_tensors(listed, monkeypatch):
+    """Triton launches on the current device, and a model may be spread over several."""
+    with FakeTensorMode():  # no machine need have it
+        x = torch.empty(1, device="cuda:1")
+    current = []
+
+    @contextmanager
+    def device(device):
+        current.append(device)
+        yield
+        current.remove(device)
+
+    def launcher(*args):
+        return list(current)
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr("peftkern.kernels.qlora.linear", launcher)
+    args = [[x], None] if listed else [None, x]
+    assert _native.launchers["qlora_linear"](*args) == [torch.device("cuda:1")]
+    assert not current

@@ -5,6 +5,7 @@ import torch
 from close import assert_as_good
 from samples import FORMATS, sample
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftkern import QLoRALinear, qlora
@@ -36,6 +37,34 @@ def test_the_ops_are_well_registered(dtype, inputs, format):
         ),
     }.items():  # fmt: skip
         torch.library.opcheck(getattr(op, name).default, args, test_utils=tests)
+
+
+@pytest.mark.parametrize("shape", [(4,), (0, 4), (2, 0, 4), (2, 3, 0), (0,)])
+def test_a_compiler_is_told_the_shapes_that_come(shape):
+    x, weight = torch.ones(shape), torch.ones(5, shape[-1])
+    lora = [torch.ones(2, shape[-1]), torch.ones(5, 2)]
+    rest = [None, *lora, 1.0, 0.0, None, None, None]
+    found = torch.ops.peftkern.qlora_linear(x, [weight], [1, *weight.shape, 0, 0], *rest)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        told = torch.ops.peftkern.qlora_linear(x, [weight], [1, *weight.shape, 0, 0], *rest)
+    assert [t.shape for t in told] == [t.shape for t in found]
+
+
+def test_a_seed_is_not_copied_from_the_host():
+    """That would wait for the device, and no CUDA graph could hold it."""
+    x, weight, _, lora_a, lora_b = sample(8, 32, 5, 2)
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func._opname not in {"lift_fresh", "copy_", "_to_copy"}
+            return func(*args, **(kwargs or {}))
+
+    with Copies():
+        found = qlora.linear(x, weight, None, lora_a, lora_b, 1.0, 0.5, -(2**63))
+    assert_as_good(
+        found, reference.linear, x, weight.dequantize(), None, lora_a, lora_b, 1.0, 0.5,
+        torch.tensor([-(2**63)]),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("format", "p"), [(f, 0.0) for f in FORMATS] + [("nf4", 0.5), (None, 0.5)])

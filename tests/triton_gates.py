@@ -58,7 +58,7 @@ def weight(format, experts=1, size=SIZE):
     return [packed, absmax, tensor(16), *nested], [experts, *shape, BLOCK_SIZE, 4]
 
 
-def step(format, dtype=torch.bfloat16, rows=FEW, experts=1, mixed=False, size=SIZE):
+def step(format, dtype=torch.bfloat16, rows=FEW, experts=1, mixed=False, size=SIZE, p=0.1):
     """Forward and backward of one linear: adapters in float32, dropout, everything trains."""
     lead = [experts] * (experts > 1)
     base, layout = weight(format, experts, size)
@@ -68,7 +68,7 @@ def step(format, dtype=torch.bfloat16, rows=FEW, experts=1, mixed=False, size=SI
         tensor(experts + 1, dtype=torch.int64) if lead else None,
         tensor(rows, dtype=torch.int32) if mixed else None,
     ]
-    rest = [base, layout, bias, lora_a, lora_b, 2.0, 0.1, tensor(1, dtype=torch.int64), *groups]
+    rest = [base, layout, bias, lora_a, lora_b, 2.0, p, tensor(1, dtype=torch.int64), *groups]
     x = tensor(rows, size, dtype=dtype)
     y, down = qlora.linear(x, *rest)
     qlora.linear_bwd(y, x, down, *rest, [True, format == "dense", True, True, True])
@@ -183,12 +183,19 @@ def facts(compiled):
     }
 
 
-def launches(architecture):
+# Steps that are to share their compiled kernels: as many tiles of rows, and dropout.
+SAME = {
+    f"{rows} rows, p {p}": lambda rows=rows, p=p: step("nested", rows=rows, p=p)
+    for rows, p in [(MANY, 0.1), (MANY - 1, 0.2), (MANY - 63, 0.1), (MANY, 2**-32), (MANY, 2**-28)]
+}
+
+
+def launches(architecture, cases):
     """What each case launches on such a GPU: (case, kernel, arguments, keyword arguments)."""
     qlora_paths.architecture = lambda device: architecture
     qlora_paths.multiprocessors = lambda device: 132
     found = []
-    for case, run in (CASES | (RARE_CASES if architecture == RARE else {})).items():
+    for case, run in cases.items():
 
         def record(kernel, *args, grid, warmup, case=case, **kwargs):
             found.append((case, kernel, args, kwargs))
@@ -198,10 +205,20 @@ def launches(architecture):
     return found
 
 
+def variants():
+    """For each step of SAME what it compiles: kernels, and what tells their variants apart."""
+    found = {case: set() for case in SAME}
+    for case, kernel, args, kwargs in launches("sm90", SAME):
+        src, _, options = source(kernel, args, kwargs)
+        found[case].add(f"{kernel.__name__} {src.hash()} {options}")
+    return {case: sorted(kernels) for case, kernels in found.items()}
+
+
 def main():
     records, compiled = [], {}
     for architecture, capability in ARCHITECTURES.items():
-        for case, kernel, args, kwargs in launches(architecture):
+        cases = CASES | (RARE_CASES if architecture == RARE else {})
+        for case, kernel, args, kwargs in launches(architecture, cases):
             src, switches, options = source(kernel, args, kwargs)
             key = (architecture, src.hash(), str(options))
             if key not in compiled:
@@ -209,7 +226,7 @@ def main():
                 compiled[key] = facts(triton.compile(src, target=target, options=options))
             names = {"architecture": architecture, "case": case, "kernel": kernel.__name__}
             records.append({**names, "switches": switches, **compiled[key]})
-    print(json.dumps(records))
+    print(json.dumps({"records": records, "variants": variants()}))
 
 
 if __name__ == "__main__":

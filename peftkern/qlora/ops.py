@@ -8,6 +8,7 @@ dense). So a new format needs no new schema.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ def _fake_linear(
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     rank = 0 if lora_a is None else lora_a.shape[-2]
-    rows = x.numel() // max(x.shape[-1], 1)
+    rows = math.prod(x.shape[:-1])
     return x.new_empty(*x.shape[:-1], layout[1]), x.new_empty(rows, rank, dtype=dtype)
 
 
@@ -144,7 +145,8 @@ def _seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
         return seed
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    return torch.tensor([seed], dtype=torch.int64, device=device)
+    # Filled there: a copy from the host would wait, and no CUDA graph could hold it.
+    return torch.full([1], seed, dtype=torch.int64, device=device)
 
 
 def linear(

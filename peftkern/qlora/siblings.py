@@ -8,6 +8,7 @@ The same numbers as one by one, up to the order in which grad_x is added up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ class Sibling(NamedTuple):
 
 def _fake(x: Tensor, weights: Any, layouts: Any, biases: Any, lora_a: Any, *rest: Any) -> Any:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = x.numel() // max(x.shape[-1], 1)
+    rows = math.prod(x.shape[:-1])
     ys = [x.new_empty(*x.shape[:-1], out) for out in layouts[2::6]]
     return ys + [x.new_empty(rows, a.shape[0], dtype=dtype) for a in lora_a]
 
