@@ -138,7 +138,6 @@ def test_every_kernel_has_a_gate_and_every_gate_a_kernel(records):
     assert {*GATES, *RARE_GATES} <= names
 
 
-<<<<<<< HEAD
 def test_no_weight_takes_more_slots_than_the_prediction_states(records):
     """Of those devices: in the product's main loop, or in a panel's kernel, which has none."""
     found, names = [], {"gemm_kernel": "gemm {BLOCK_M}", "panel_kernel": "panel"}
@@ -152,13 +151,13 @@ def test_no_weight_takes_more_slots_than_the_prediction_states(records):
         found.append((names[record["kernel"]].format(**switches), record["turn"] / weights))
     assert {name for name, _ in found} == {name for name in SLOTS if not name.startswith("decode")}
     assert [f"{name}: {slots:.2f}" for name, slots in found if slots > SLOTS[name]] == []
-=======
+
+
 def test_another_number_of_rows_or_another_dropout_compiles_nothing_anew(compiled):
     """Each of them would stop a training step for seconds."""
     first, *others = compiled["variants"].values()
     assert len(first) > 5
     assert all(other == first for other in others)
->>>>>>> work-review-triton
 
 
 @pytest.mark.parametrize(
