@@ -54,7 +54,7 @@ SLOTS = {
     "decode half 4 64 0 16": 3.4,
     "gemm 32": 9.0,
     "gemm 64": 9.5,
-    "panel": 10.0,
+    "panel": 11.0,
 }
 
 
