@@ -89,8 +89,12 @@ def test_outputs_and_gradients_are_the_reference_s(
     verdicts = list(_verdict.judge([*ys, *gradients], plain, x, *dense, *parameters, *grads))
     assert all(v.passed for v in verdicts), [str(v) for v in verdicts]
     for a, down, i in zip(fixed[3], downs, range(3), strict=True):
-        dropped = reference.dropout(x, p, seeds[i] if seeds else None)
-        (verdict,) = _verdict.judge([down], lambda x, a: [(x @ a.t()).float()], dropped, a)
+        seed = seeds[i] if seeds else None
+
+        def low_rank(x, a, seed=seed):
+            return [(reference.dropout(x, p, seed) @ a.t()).float()]
+
+        (verdict,) = _verdict.judge([down], low_rank, x, a)
         assert verdict.passed, verdict
 
 
