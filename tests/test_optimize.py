@@ -171,5 +171,6 @@ def test_a_narrower_compute_dtype_is_computed_in():
     one, x = layer(model), torch.randn(3, 64)
     assert torch.equal(one(x), one(x.bfloat16()).float())
     mixed = one(x, adapter_names=["default", "__base__", "default"])
-    assert mixed.dtype == torch.float32 and torch.equal(mixed[0], one(x)[0])
+    # Of one row, as there: a kernel for more of them may round W to bfloat16.
+    assert mixed.dtype == torch.float32 and torch.equal(mixed[0], one(x[:1])[0])
     assert not torch.equal(one(x), one(x.double()).float())
