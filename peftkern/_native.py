@@ -54,19 +54,16 @@ def define(
         devices: where it is called at all; a step within other ops may be one of GPUs alone.
     """
     name = schema.split("(", 1)[0]
-    qualified = f"{NAMESPACE}::{name}"
-    torch.library.define(qualified, schema.removeprefix(name))
-    torch.library.register_fake(qualified, fake)
-    torch.library.impl(qualified, "CompositeExplicitAutograd", _announced(name, reference))
+    op = compose(schema, fake, _announced(name, reference))
     references[name], _devices[name] = reference, devices
-    if _has_kernel(qualified, KEYS["cuda"]):
+    if _has_kernel(f"{NAMESPACE}::{name}", KEYS["cuda"]):
         # CUDA starts later, if at all: asking for a GPU now would start it.
         torch.cuda._lazy_call(partial(_decline_old_gpus, name))  # type: ignore[no-untyped-call]
     if _emulated_loaded:
         torch.library.define(f"{EMULATED}::{name}", schema.removeprefix(name))
     if _emulated_loaded and _has_kernel(f"{EMULATED}::{name}", "CPU"):
         emulated[name] = getattr(getattr(torch.ops, EMULATED), name).default
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    return op
 
 
 def compose(schema: str, fake: Callable[..., Any], function: Callable[..., Any]) -> Any:
