@@ -238,11 +238,12 @@ def _own(device: torch.device) -> Mapping[str, Any]:
     if device.type == "cpu" or not file.exists():
         return {}
     try:
-        found: Mapping[str, Any] = json.loads(file.read_text())[device_key(device)]
-    except KeyError:
-        return {}
+        content = json.loads(file.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__} and no object")
     except ValueError as error:
         raise ValueError(
-            f"{file} must hold JSON, got {error}: write it again or delete it"
+            f"{file} must hold JSON by device, got {error}: write it again or delete it"
         ) from None
+    found: Mapping[str, Any] = content.get(device_key(device), {})
     return found
