@@ -154,6 +154,13 @@ def test_strips_of_several_blocks_are_added_up(device, dtype, grouped, monkeypat
     assert_every_gradient(grad, x, weight, *parameters, 0.5, 0.25, seed, *groups, tile=TILES[1])
 
 
+def test_all_of_x_may_be_dropped(device):
+    x, weight, *parameters = on(device, *sample(9, 64, 20, 4))
+    grad, seed = torch.randn(20, 9, device=device), torch.tensor([3], device=device)
+    for path in ("gemm", "panels"):
+        assert_every_gradient(grad, x, weight, *parameters, 0.5, 1.0, seed, path=path)
+
+
 @pytest.mark.parametrize("kernel", ["lora_bwd", "grad_a", "grad_weight"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_tile_of_the_table_gives_the_reference(device, kernel, dtype):
