@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peftkern.kernels.common import rows_of
 from peftkern.kernels.qlora_backward import linear_bwd as linear_bwd
 from peftkern.kernels.qlora_forward import lora_down
 from peftkern.kernels.qlora_panels import decode
 from peftkern.kernels.qlora_product import product
 from peftkern.kernels.qlora_siblings import siblings as siblings
 from peftkern.kernels.qlora_siblings import siblings_bwd as siblings_bwd
-from peftkern.kernels.qlora_tiles import rows_of
 from peftkern.qlora import fallback
 
 

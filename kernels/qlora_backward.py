@@ -18,10 +18,10 @@ from torch import Tensor
 
 from peftkern.kernels import qlora_panels as panels
 from peftkern.kernels import qlora_paths as paths
+from peftkern.kernels.common import dot, narrow, rows_of
 from peftkern.kernels.qlora_gemm import gemm
 from peftkern.kernels.qlora_strips import Groups, by_adapter
 from peftkern.kernels.qlora_sums import grad_a, lora_bwd
-from peftkern.kernels.qlora_tiles import dot, narrow, rows_of
 from peftkern.qlora import fallback
 
 

@@ -12,17 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.kernels import qlora_paths as paths
-from peftkern.kernels.qlora_tiles import (
-    convert,
-    dot,
-    dropout_limit,
-    keep_tile,
-    narrow,
-    row_tiles,
-    tile_adapters,
-    tile_rows,
-    widen,
-)
+from peftkern.kernels.common import convert, dot, dropout_limit, keep_tile, narrow, widen
+from peftkern.kernels.qlora_tiles import row_tiles, tile_adapters, tile_rows
 
 BLOCK_SUM = 1024
 

@@ -17,20 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.kernels import qlora_paths as paths
+from peftkern.kernels.common import convert, dot, dropout_limit, keep_tile, load, narrow, widen
 from peftkern.kernels.qlora_forward import add_up
 from peftkern.kernels.qlora_tiles import (
-    convert,
     decode_arguments,
     decode_tile,
-    dot,
-    dropout_limit,
-    keep_tile,
-    load,
-    narrow,
     row_tiles,
     tile_adapters,
     tile_rows,
-    widen,
 )
 
 
