@@ -1,6 +1,6 @@
 """Fused kernels for parameter-efficient fine-tuning."""
 
-from peftkern import qlora
+from peftkern import bottleneck, qlora
 from peftkern.adapt import Skipped, adapt, trainable_parameters
 from peftkern.corda import corda
 from peftkern.explain import explain
@@ -20,6 +20,7 @@ __all__ = [
     "Skipped",
     "adapt",
     "adapter_state_dict",
+    "bottleneck",
     "corda",
     "explain",
     "info",
