@@ -186,12 +186,13 @@ def test_packing_is_the_reference_for_every_width(isa, bits):
 
 @pytest.mark.ops("onebit_pack")
 def test_the_lowest_bits_come_first(isa):
-    assert onebit.pack(torch.tensor([0, 1, 2, 3], dtype=torch.uint8), 2).tolist() == [0xE4]
-    assert onebit.pack(torch.tensor([1, 2], dtype=torch.uint8), 4).tolist() == [0x21]
-    assert onebit.pack(torch.tensor([1, 0, 0, 0, 0, 0, 0, 1, 1], dtype=torch.uint8), 1).tolist() == [
-        0x81, 0x01,
-    ]  # fmt: skip
-    assert onebit.pack(torch.tensor([255, 254], dtype=torch.uint8), 1).tolist() == [0x01]
+    for bits, given_codes, packed in [
+        (2, [0, 1, 2, 3], [0xE4]),
+        (4, [1, 2], [0x21]),
+        (1, [1, 0, 0, 0, 0, 0, 0, 1, 1], [0x81, 0x01]),
+        (1, [255, 254], [0x01]),
+    ]:
+        assert onebit.pack(torch.tensor(given_codes, dtype=torch.uint8), bits).tolist() == packed
     for shape in [(), (3,), (2, 3), (0,), (2, 0)]:
         packed = onebit.pack(torch.zeros(*shape, 5, dtype=torch.uint8), 2)
         assert packed.shape == (*shape, 2) and onebit.unpack(packed, 2, 5).shape == (*shape, 5)
