@@ -1,6 +1,6 @@
 """Fused kernels for parameter-efficient fine-tuning."""
 
-from peftkern import bottleneck, qlora
+from peftkern import bottleneck, onebit, qlora
 from peftkern.adapt import Skipped, adapt, trainable_parameters
 from peftkern.corda import corda
 from peftkern.explain import explain
@@ -26,6 +26,7 @@ __all__ = [
     "info",
     "load_adapter",
     "merge",
+    "onebit",
     "optimize",
     "qlora",
     "register",
