@@ -1,0 +1,155 @@
+// Rows of x times W^T by lookup: no code is ever turned into its value.
+#pragma once
+#include "onebit/laid_out.h"
+
+namespace peftkern::onebit::PEFTKERN_ISA {
+
+// kEntries: of a nibble's table, half of it where the sign is put on afterwards. kMostRows rows of
+// x and kMostTiles tiles of W share a step, so many that their sums still fit the registers: fewer
+// of the one, more of the other.
+#if defined(__AVX512F__)
+inline constexpr int kEntries = 16, kMostRows = 4, kSums = 16;
+#elif defined(__AVX2__)
+inline constexpr int kEntries = 8, kMostRows = 4, kSums = 8;
+#else
+inline constexpr int kEntries = 16, kMostRows = 4, kSums = 8;
+#endif
+
+// One nibble of W rows of W, and what a table has for it.
+struct Nibble {
+  U index;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  U sign;
+  explicit Nibble(U word) : index(word), sign(word << 28 & 0x80000000u) {}
+  PEFTKERN_INLINE F look_up(const float* table, const Nibble& n) {
+    return F(U(permute(load(table), n.index)) ^ n.sign);
+  }
+#elif defined(__AVX512F__)
+  explicit Nibble(U word) : index(word) {}
+  PEFTKERN_INLINE F look_up(const float* table, const Nibble& n) {
+    return permute(load(table), n.index);
+  }
+#else
+  explicit Nibble(U word) : index(word & 15u) {}
+  PEFTKERN_INLINE F look_up(const float* table, const Nibble& n) {
+    F out;
+    for (int i = 0; i < W; ++i) out[i] = table[n.index[i]];
+    return out;
+  }
+#endif
+};
+
+// The tables of a block for M rows of x, [nibble][row][kEntries]: sums over the nibble's codes of
+// level * x. Adds what of x was read to `sums`.
+template <int M>
+PEFTKERN_INLINE void build(const Meaning& meaning, const float* x, int64_t stride, int64_t columns,
+                           int64_t words, float* tables, F* sums) {
+  constexpr int64_t kMost = kBlockWords * kNibbles * 4;
+  alignas(64) float row[kMost];
+  const int64_t codes = meaning.codes, nibbles = words * kNibbles;
+  for (int m = 0; m < M; ++m) {
+    for (int64_t k = 0; k < nibbles * codes; k += W) {
+      const F v = k < columns ? load_first(x + m * stride + k, columns - k) : F{};
+      store(row + k, v);
+      sums[m] += v;
+    }
+    for (int64_t i = 0; i < nibbles; ++i) {
+      for (int e = 0; e < kEntries; e += W) {
+        F entry{};
+        for (int64_t p = 0; p < codes; ++p) {
+          entry = fma(load(meaning.level[p] + e), splat(row[i * codes + p]), entry);
+        }
+        store(tables + (i * M + m) * kEntries + e, entry);
+      }
+    }
+  }
+}
+
+// What a step adds to, and where its sums go: rows [input, input + M) of y.
+struct Step {
+  const LaidOut& weight;
+  const Product& io;
+  int64_t input, block, words;  // words: of the block
+  bool first, last;             // of the blocks
+  const float* tables;
+  const float* means;  // of each row of x: mean * sum of x
+};
+
+// Tiles [tile, tile + T) for M rows of x.
+template <int M, int T>
+PEFTKERN_INLINE void step(const Step& s, int64_t tile) {
+  constexpr int kWide = T * kVectors;
+  const LaidOut& weight = s.weight;
+  const int64_t words = words_of(weight.columns, weight.bits), tiles = tiles_of(weight.rows);
+  const uint8_t* from = weight.words + 4 * place_of(tiles, words, s.block, tile);
+  const int64_t apart = 4 * kTileRows * s.words;  // of tiles
+  F part[M][kWide] = {};
+  const float* table = s.tables;
+  for (int64_t w = 0; w < s.words; ++w, from += 4 * kTileRows) {
+    U word[kWide];
+    PEFTKERN_UNROLL
+    for (int v = 0; v < kWide; ++v) {
+      word[v] = load_bits<U>(from + v / kVectors * apart + v % kVectors * 4 * W);
+    }
+    PEFTKERN_UNROLL
+    for (int j = 0; j < kNibbles; ++j, table += M * kEntries) {
+      PEFTKERN_UNROLL
+      for (int v = 0; v < kWide; ++v) {
+        const Nibble nibble(word[v]);
+        PEFTKERN_UNROLL
+        for (int m = 0; m < M; ++m) part[m][v] += Nibble::look_up(table + m * kEntries, nibble);
+        word[v] >>= 4;
+      }
+    }
+  }
+  PEFTKERN_UNROLL
+  for (int v = 0; v < kWide; ++v) {
+    const int64_t n = tile * kTileRows + v * W, left = weight.rows - n;
+    if (left <= 0) break;
+    PEFTKERN_UNROLL
+    for (int m = 0; m < M; ++m) {
+      float* at = s.io.y + (s.input + m) * weight.rows + n;
+      F total = s.first ? part[m][v] : load_first(at, left) + part[m][v];
+      if (s.last) {
+        total = fma(splat(weight.scale), total, splat(s.means[m]));
+        if (s.io.bias) total += load_first(s.io.bias + n, left);
+      }
+      store_first(at, total, left);
+    }
+  }
+}
+
+template <int M>
+void rows_of(const LaidOut& weight, const Product& io, const Meaning& meaning, int64_t input,
+             int64_t begin, int64_t end) {
+  constexpr int kFit = kSums / (M * kVectors), kTiles = kFit < 8 ? kFit : 8;
+  alignas(64) float tables[kBlockWords * kNibbles * M * kEntries];
+  const int64_t words = words_of(weight.columns, weight.bits);
+  const int64_t width = kBlockWords * kNibbles * meaning.codes;  // of a block
+  const float* x = io.x + input * weight.columns;
+  F sums[M] = {};
+  float means[M] = {};
+  for (int64_t block = 0; block == 0 || block * kBlockWords < words; ++block) {
+    Step s{weight, io, input, block, min(kBlockWords, words - block * kBlockWords), block == 0,
+           (block + 1) * kBlockWords >= words, tables, means};
+    build<M>(meaning, x + block * width, weight.columns, weight.columns - block * width, s.words,
+             tables, sums);
+    for (int m = 0; s.last && m < M; ++m) means[m] = weight.mean * sum(sums[m]);
+    int64_t tile = begin;
+    for (; tile + kTiles <= end; tile += kTiles) step<M, kTiles>(s, tile);
+    for (; tile < end; ++tile) step<M, 1>(s, tile);
+  }
+}
+
+void product(const LaidOut& weight, const Product& io, int64_t begin, int64_t end) {
+  const Meaning meaning(weight);
+  int64_t input = 0;
+  for (; input + 4 <= io.inputs; input += 4) rows_of<4>(weight, io, meaning, input, begin, end);
+  if (io.inputs - input >= 2) {
+    rows_of<2>(weight, io, meaning, input, begin, end);
+    input += 2;
+  }
+  if (io.inputs - input) rows_of<1>(weight, io, meaning, input, begin, end);
+}
+
+}  // namespace peftkern::onebit::PEFTKERN_ISA
