@@ -1,6 +1,6 @@
 """Fused kernels for parameter-efficient fine-tuning."""
 
-from peftkern import qlora
+from peftkern import bottleneck, onebit, qlora
 from peftkern.adapt import Skipped, adapt, trainable_parameters
 from peftkern.corda import corda
 from peftkern.explain import explain
@@ -20,11 +20,13 @@ __all__ = [
     "Skipped",
     "adapt",
     "adapter_state_dict",
+    "bottleneck",
     "corda",
     "explain",
     "info",
     "load_adapter",
     "merge",
+    "onebit",
     "optimize",
     "qlora",
     "register",

@@ -39,3 +39,32 @@ def device(name: str, tensor: Tensor, like: Tensor) -> None:
 def probability(name: str, value: float) -> None:
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be between 0 and 1, got {value}")
+
+
+def parameter(name: str, tensor: Tensor, expected: Sequence[int], like: Tensor) -> None:
+    """Any float dtype, but dense and where `like` is."""
+    if (
+        tensor.shape == expected and tensor.dtype in FLOATS
+        and tensor.device == like.device and tensor.is_contiguous()
+    ):  # fmt: skip
+        return
+    shape(name, tensor, expected)
+    dtype(name, tensor)
+    dense(name, tensor)
+    device(name, tensor, like)
+
+
+def dropout(p: float, seed: Tensor | int | None, like: Tensor) -> None:
+    """A seed is looked at only where something is dropped."""
+    if not p:
+        return
+    probability("dropout", p)
+    if isinstance(seed, Tensor):
+        dtype("seed", seed, [torch.int64])
+        shape("seed", seed, [1])
+        device("seed", seed, like)
+    elif seed is not None:
+        if not isinstance(seed, int):
+            raise TypeError(f"seed must be an int64 tensor or an int, got {seed!r}")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed must fit into 64 bits, got {seed}")

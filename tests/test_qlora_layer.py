@@ -212,7 +212,7 @@ def test_dropout_drops_what_the_reference_drops(monkeypatch):
     _, layer = make(lora_dropout=0.25)
     seed, x = torch.tensor([12345]), torch.randn(7, 64)
     with monkeypatch.context() as patch:
-        patch.setattr("peftkern.qlora.ops._seed", lambda *args: seed)
+        patch.setattr("peftkern._inputs.seed", lambda *args: seed)
         y = layer(x)
     torch.testing.assert_close(y, expected(layer, x, seed))
 

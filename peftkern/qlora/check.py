@@ -30,40 +30,18 @@ def linear(
     if weight.device != x.device:
         raise ValueError(f"weight must be on {x.device}, got {weight.device}")
     if bias is not None:
-        _parameter("bias", bias, shape[:-1], x)
+        _check.parameter("bias", bias, shape[:-1], x)
     if lora_a is not None and lora_b is not None:
         leading = lora_a.shape[: dim - 2]
         rank = lora_a.shape[-2] if lora_a.dim() == dim else 1
-        _parameter("lora_a", lora_a, (*leading, rank, columns), x)
+        _check.parameter("lora_a", lora_a, (*leading, rank, columns), x)
         if rank < 1:
             raise ValueError(f"lora_a must have a rank of at least 1, got {rank}")
-        _parameter("lora_b", lora_b, (*leading, rows, rank), x)
+        _check.parameter("lora_b", lora_b, (*leading, rows, rank), x)
     elif lora_a is not None or lora_b is not None:
         given = "lora_a" if lora_b is None else "lora_b"
         raise ValueError(f"lora_a and lora_b must come together, got only {given}")
-    if dropout:
-        _check.probability("dropout", dropout)
-        if isinstance(seed, Tensor):
-            _check.dtype("seed", seed, [torch.int64])
-            _check.shape("seed", seed, [1])
-            _check.device("seed", seed, x)
-        elif seed is not None:
-            if not isinstance(seed, int):
-                raise TypeError(f"seed must be an int64 tensor or an int, got {seed!r}")
-            if not -(2**63) <= seed < 2**63:
-                raise ValueError(f"seed must fit into 64 bits, got {seed}")
-
-
-def _parameter(name: str, tensor: Tensor, expected: tuple[int, ...], x: Tensor) -> None:
-    if (
-        tensor.shape == expected and tensor.dtype in _check.FLOATS
-        and tensor.device == x.device and tensor.is_contiguous()
-    ):  # fmt: skip
-        return
-    _check.shape(name, tensor, expected)
-    _check.dtype(name, tensor)
-    _check.dense(name, tensor)
-    _check.device(name, tensor, x)
+    _check.dropout(dropout, seed, x)
 
 
 def groups(

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peftkern import _native
+from peftkern import _inputs, _native
 from peftkern.qlora import check, merging, ops
 from peftkern.qlora.format import find_format
-from peftkern.qlora.ops import _autocast, _linear_bwd_op, _linear_op
+from peftkern.qlora.ops import _linear_bwd_op, _linear_op
 from peftkern.qlora.weight import QuantizedWeight
 
 _Fixed = tuple[list[Tensor], list[int], float]
@@ -77,7 +77,7 @@ def linear(
         weight = cache.get(base, a, b, scale)
     if not torch.is_grad_enabled():
         return ops.linear(x, weight, bias)
-    x = _autocast(x)
+    x = _inputs.autocast(x)
     fixed = (weight.buffers, weight.layout, scale)
     return _StraightThrough.apply(x.contiguous(), bias, lora_a, lora_b, fixed)  # type: ignore[no-any-return, no-untyped-call]
 

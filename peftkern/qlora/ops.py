@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peftkern import _check, _native
+from peftkern import _check, _inputs, _native
 from peftkern.qlora import check, fallback
 from peftkern.qlora.weight import QuantizedWeight
 
@@ -108,9 +108,9 @@ def _apply(
     lora_b: Tensor | None, scale: float, dropout: float, seed: Tensor | int | None,
     offsets: Tensor | None = None, adapter: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    x = _autocast(x)
+    x = _inputs.autocast(x)
     if dropout and lora_a is not None:
-        seed = _seed(seed, x.device)
+        seed = _inputs.seed(seed, x.device)
     else:
         dropout, seed = 0.0, None
     x = x.contiguous()
@@ -128,25 +128,6 @@ def operand(weight: Tensor | QuantizedWeight) -> tuple[list[Tensor], list[int]]:
     if isinstance(weight, QuantizedWeight):
         return weight.buffers, weight.layout
     return [weight], [*(1,) * (3 - weight.dim()), *weight.shape, 0, 0]
-
-
-def _autocast(x: Tensor) -> Tensor:
-    if not torch._C._is_any_autocast_enabled():  # a tenth of the cost of asking for one device
-        return x
-    device = x.device.type
-    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
-
-
-def _seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
-    """Drawn by torch where none is given, so that activation checkpointing replays it."""
-    if isinstance(seed, Tensor):
-        return seed
-    if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    # Filled there: a copy from the host would wait, and no CUDA graph could hold it.
-    return torch.full([1], seed, dtype=torch.int64, device=device)
 
 
 def linear(

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peftkern import _native
+from peftkern import _inputs, _native
 from peftkern.qlora import check, fallback
-from peftkern.qlora.ops import _autocast, _seed, operand
+from peftkern.qlora.ops import operand
 from peftkern.qlora.weight import QuantizedWeight
 
 
@@ -160,14 +160,14 @@ def siblings(x: Tensor, parts: Sequence[Sibling], dropout: float = 0.0) -> tuple
     """
     for part in parts:
         check.linear(x, part.weight, 2, part.bias, part.lora_a, part.lora_b, dropout, None)
-    x = _autocast(x)
+    x = _inputs.autocast(x)
     weights: list[Tensor] = []
     layouts: list[int] = []
     for part in parts:
         tensors, layout = operand(part.weight)
         weights += tensors
         layouts += [len(tensors), *layout]
-    seeds = [_seed(None, x.device) for _ in parts] if dropout else []
+    seeds = [_inputs.seed(None, x.device) for _ in parts] if dropout else []
     scales = [part.scale for part in parts]
     x = x.contiguous()
     if torch.is_grad_enabled():

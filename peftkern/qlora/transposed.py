@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftkern import _inputs
 from peftkern.qlora import ops
 from peftkern.qlora.weight import QuantizedWeight
 
@@ -21,7 +22,7 @@ def linear(
     """As `qlora.linear`, whatever the strides of a dense weight `[out, in]` are."""
     if isinstance(weight, QuantizedWeight) or weight.is_contiguous():
         return ops.linear(x, weight, bias, lora_a, lora_b, scale, dropout)
-    x = ops._autocast(x)
+    x = _inputs.autocast(x)
     y = torch.nn.functional.linear(x, weight, bias)
     if lora_a is None or lora_b is None:
         return y
