@@ -1,4 +1,4 @@
-// Codes in the order of linear.h: into it, and out of it as a panel of values.
+// Codes in the order of linear.h, and what they stand for.
 #pragma once
 #include "common/simd.h"
 #include "onebit/linear.h"
@@ -14,7 +14,7 @@ PEFTKERN_INLINE int64_t place_of(int64_t tiles, int64_t words, int64_t block, in
   return (first * tiles + tile * min(kBlockWords, words - first)) * kTileRows;
 }
 
-// A nibble as it is laid out, and back.
+// A word's nibbles as they are laid out, and the way back.
 PEFTKERN_INLINE uint32_t turned(uint32_t word) { return word ^ (word >> 3 & 0x11111111u) * 7; }
 
 void lay_out(const uint8_t* packed, int64_t rows, int64_t columns, int64_t bits, int64_t begin,
@@ -22,12 +22,12 @@ void lay_out(const uint8_t* packed, int64_t rows, int64_t columns, int64_t bits,
   const int64_t words = words_of(columns, bits), tiles = tiles_of(rows);
   const int64_t bytes = (columns * bits + 7) / 8;
   for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t first = tile * kTileRows, height = min(kTileRows, rows - first);
     for (int64_t w = 0; w < words; ++w) {
-      const int64_t there = min(4, bytes - 4 * w);
+      const size_t there = static_cast<size_t>(min(4, bytes - 4 * w));
       uint32_t lane[kTileRows] = {};
-      for (int64_t i = 0; i < min(kTileRows, rows - tile * kTileRows); ++i) {
-        const uint8_t* from = packed + (tile * kTileRows + i) * bytes + 4 * w;
-        std::memcpy(&lane[i], from, static_cast<size_t>(there));
+      for (int64_t i = 0; i < height; ++i) {
+        std::memcpy(&lane[i], packed + (first + i) * bytes + 4 * w, there);
         lane[i] = turned(lane[i]);
       }
       const int64_t place = place_of(tiles, words, w / kBlockWords, tile);
@@ -36,16 +36,16 @@ void lay_out(const uint8_t* packed, int64_t rows, int64_t columns, int64_t bits,
   }
 }
 
-// What the laid out nibbles stand for: of each of their codes, the level.
+// What a laid out nibble stands for: the level of each of its codes, over unit_of.
 struct Meaning {
-  int codes;           // in a nibble
-  float level[4][16];  // [code][nibble]
+  int64_t codes;
+  double level[4][16] = {};  // [code][nibble]
 
-  explicit Meaning(const LaidOut& weight) : codes(static_cast<int>(4 / weight.bits)) {
+  explicit Meaning(int64_t bits) : codes(4 / bits) {
     for (uint32_t nibble = 0; nibble < 16; ++nibble) {
-      const uint32_t plain = turned(nibble), last = (1u << weight.bits) - 1;
-      for (int p = 0; p < codes; ++p) {
-        level[p][nibble] = weight.levels[plain >> (weight.bits * p) & last];
+      const uint32_t plain = turned(nibble), last = (1u << bits) - 1;
+      for (int64_t p = 0; p < codes; ++p) {
+        level[p][nibble] = onebit::level(bits, plain >> (bits * p) & last) / unit_of(bits);
       }
     }
   }
@@ -53,34 +53,7 @@ struct Meaning {
 
 template <typename T>
 PEFTKERN_INLINE void store_first(T* to, F v, int64_t n) {
-  n >= W ? store(to, v) : n > 0 ? store_some(to, v, n) : void();
-}
-
-template <typename T>
-void panel(const LaidOut& weight, const Panel& at, int64_t word_begin, int64_t word_end, T* out) {
-  const Meaning meaning(weight);
-  const int64_t words = words_of(weight.columns, weight.bits), tiles = tiles_of(weight.rows);
-  const int64_t per_word = kNibbles * meaning.codes, height = at.row_end - at.row_begin;
-  float values[4][16];
-  for (int p = 0; p < meaning.codes; ++p) {
-    for (int i = 0; i < 16; ++i) values[p][i] = weight.mean + weight.scale * meaning.level[p][i];
-  }
-  const Table table[4] = {Table(values[0]), Table(values[1]), Table(values[2]), Table(values[3])};
-  for (int64_t w = word_begin; w < word_end; ++w) {
-    const int64_t columns = min(per_word, weight.columns - w * per_word);
-    for (int64_t n = 0; n < height; n += W) {
-      const int64_t row = at.row_begin + n;
-      const int64_t place = place_of(tiles, words, w / kBlockWords, row / kTileRows) +
-                            w % kBlockWords * kTileRows + row % kTileRows;
-      const U word = load_bits<U>(weight.words + 4 * place);
-      T* to = out + w * per_word * at.stride + n;
-      for (int64_t k = 0; k < columns; ++k, to += at.stride) {
-        const uint32_t nibble = static_cast<uint32_t>(k / meaning.codes);
-        const Table& by = table[k % meaning.codes];
-        store_first(to, Table::look_up(by, word >> (4 * nibble)), height - n);
-      }
-    }
-  }
+  n >= W ? store(to, v) : store_some(to, v, n);
 }
 
 }  // namespace peftkern::onebit::PEFTKERN_ISA

@@ -1,12 +1,9 @@
-// onebit's linear for inference: y = x W^T + bias straight from packed codes, W = mean + scale *
-// levels[code]. 1, 2 or 4 bits a code; canonical bytes as in onebit.h: each row begins with a byte
-// of its own, and its first code stands in the byte's lowest bits.
+// onebit's linear for inference: y = x W^T + bias, straight from packed codes.
 //
 // On the CPU the codes are laid out as 32-bit words, little-endian, in this order:
 //   word[block][tile][i][lane]   of row 16 tile + lane, its word 16 block + i
 // A row's words are its bytes, four to a word, so each nibble holds 4 / bits codes; only that a
-// nibble from 8 on has its three low bits turned over. Levels are odd, levels[i] = -levels[last -
-// i], so those three bits then find a magnitude and the fourth one its sign. The last block has as
+// nibble from 8 on has its three low bits turned over. Levels are odd, so those three bits then find a magnitude and the fourth one its sign. The last block has as
 // many words as are left, the last tile 16 rows: what is outside of the matrix is zero.
 //
 // Why: of one row of x, the sums over the columns of a nibble take 16 values. They are computed
@@ -16,10 +13,7 @@
 // Sums are float, over kBlockWords words in order and then over these sums in order, so how rows of
 // x and of W are split does not change a bit.
 #pragma once
-#include <cstdint>
-
-#include "common/half.h"
-#include "common/isa.h"
+#include "onebit/onebit.h"
 
 namespace peftkern::onebit {
 
@@ -35,27 +29,37 @@ constexpr int64_t laid_out_bytes(int64_t rows, int64_t columns, int64_t bits) {
 struct LaidOut {
   const uint8_t* words;  // laid_out_bytes
   int64_t rows, columns, bits;
-  const float* levels;  // [2^bits], rising and odd
-  float mean, scale;
 };
 
-// y[m, n] = sum_k x[m, k] W[n, k] + bias[n]
+// W = mean + scale * level / unit_of, scale = std * unit_of. Kernels divide the levels by this, so
+// that those of one bit are -1 and 1, and products with them exact.
+constexpr double unit_of(int64_t bits) { return bits == 1 ? level(1, 1) : 1; }
+
+// y[m, n] = scale * sum_k x[m, k] level[n, k] / unit + mean * sum_k x[m, k] + bias[n]
 struct Product {
   const float* x;     // [inputs, columns]
   const float* bias;  // [rows], or null
   float* y;           // [inputs, rows]
   int64_t inputs;
+  float mean, scale;
 };
 
-// out[k, n - row_begin] = W[n, k]
+// out[k - column_begin, n - row_begin] = level[n, k] / unit for rows [row_begin, row_end) of W and the
+// columns of its words [word_begin, word_end)
 struct Panel {
   int64_t row_begin, row_end;  // row_begin: a multiple of kTileRows
-  int64_t stride;              // between rows of out
+  int64_t word_begin, word_end;
+  int64_t stride;  // between rows of out
 };
 
-template <typename T>
-using PanelKernel = void (*)(const LaidOut& weight, const Panel& panel, int64_t word_begin,
-                             int64_t word_end, T* out);
+// How one dtype meets W otherwise: by panels of levels for the library's product.
+template <typename T, typename Sums = float>
+struct PanelKernels {
+  void (*panel)(const LaidOut& weight, const Panel& panel, T* out);
+  // One row of x and of y: y = scale * y + mean * sum of x + bias. Sums: float, double for double.
+  void (*finish)(const T* x, int64_t columns, double mean, double scale, const Sums* bias,
+                 int64_t rows, T* y);
+};
 
 struct LinearKernels {
   // Tiles [begin, end) of canonical bytes.
@@ -63,10 +67,13 @@ struct LinearKernels {
                   int64_t begin, int64_t end, uint8_t* words);
   // The rows of W in tiles [begin, end), for all rows of x.
   void (*product)(const LaidOut& weight, const Product& io, int64_t begin, int64_t end);
-  // The rows of out that belong to words [word_begin, word_end), of a transposed panel of W.
-  PanelKernel<float> panel_f32;
-  PanelKernel<double> panel_f64;
-  PanelKernel<peftkern::bf16> panel_bf16;
+  // The most rows of x for which that is faster than panels in float, and in bf16 where the library
+  // multiplies in it, as measured.
+  int64_t (*most)(const LaidOut& weight);
+  int64_t (*most_bf16)(const LaidOut& weight);
+  PanelKernels<float> f32;
+  PanelKernels<double, double> f64;
+  PanelKernels<peftkern::bf16> bf16;
 };
 
 PEFTKERN_DECLARE(LinearKernels, linear_kernels)

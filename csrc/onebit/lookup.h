@@ -47,6 +47,12 @@ PEFTKERN_INLINE void build(const Meaning& meaning, const float* x, int64_t strid
   constexpr int64_t kMost = kBlockWords * kNibbles * 4;
   alignas(64) float row[kMost];
   const int64_t codes = meaning.codes, nibbles = words * kNibbles;
+  F level[4][kEntries / W];
+  for (int64_t p = 0; p < codes; ++p) {
+    for (int e = 0; e < kEntries; ++e) {
+      level[p][e / W][e % W] = static_cast<float>(meaning.level[p][e]);
+    }
+  }
   for (int m = 0; m < M; ++m) {
     for (int64_t k = 0; k < nibbles * codes; k += W) {
       const F v = k < columns ? load_first(x + m * stride + k, columns - k) : F{};
@@ -57,7 +63,7 @@ PEFTKERN_INLINE void build(const Meaning& meaning, const float* x, int64_t strid
       for (int e = 0; e < kEntries; e += W) {
         F entry{};
         for (int64_t p = 0; p < codes; ++p) {
-          entry = fma(load(meaning.level[p] + e), splat(row[i * codes + p]), entry);
+          entry = fma(level[p][e / W], splat(row[i * codes + p]), entry);
         }
         store(tables + (i * M + m) * kEntries + e, entry);
       }
@@ -111,7 +117,7 @@ PEFTKERN_INLINE void step(const Step& s, int64_t tile) {
       float* at = s.io.y + (s.input + m) * weight.rows + n;
       F total = s.first ? part[m][v] : load_first(at, left) + part[m][v];
       if (s.last) {
-        total = fma(splat(weight.scale), total, splat(s.means[m]));
+        total = fma(splat(s.io.scale), total, splat(s.means[m]));
         if (s.io.bias) total += load_first(s.io.bias + n, left);
       }
       store_first(at, total, left);
@@ -134,7 +140,7 @@ void rows_of(const LaidOut& weight, const Product& io, const Meaning& meaning, i
            (block + 1) * kBlockWords >= words, tables, means};
     build<M>(meaning, x + block * width, weight.columns, weight.columns - block * width, s.words,
              tables, sums);
-    for (int m = 0; s.last && m < M; ++m) means[m] = weight.mean * sum(sums[m]);
+    for (int m = 0; s.last && m < M; ++m) means[m] = io.mean * sum(sums[m]);
     int64_t tile = begin;
     for (; tile + kTiles <= end; tile += kTiles) step<M, kTiles>(s, tile);
     for (; tile < end; ++tile) step<M, 1>(s, tile);
@@ -142,7 +148,7 @@ void rows_of(const LaidOut& weight, const Product& io, const Meaning& meaning, i
 }
 
 void product(const LaidOut& weight, const Product& io, int64_t begin, int64_t end) {
-  const Meaning meaning(weight);
+  const Meaning meaning(weight.bits);
   int64_t input = 0;
   for (; input + 4 <= io.inputs; input += 4) rows_of<4>(weight, io, meaning, input, begin, end);
   if (io.inputs - input >= 2) {
@@ -151,5 +157,8 @@ void product(const LaidOut& weight, const Product& io, int64_t begin, int64_t en
   }
   if (io.inputs - input) rows_of<1>(weight, io, meaning, input, begin, end);
 }
+
+int64_t most_rows(const LaidOut& weight) { return weight.bits == 1 ? 1 << 30 : 64; }
+int64_t most_rows_bf16(const LaidOut&) { return 64; }
 
 }  // namespace peftkern::onebit::PEFTKERN_ISA
