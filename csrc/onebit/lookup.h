@@ -4,15 +4,14 @@
 
 namespace peftkern::onebit::PEFTKERN_ISA {
 
-// kEntries: of a nibble's table, half of it where the sign is put on afterwards. kMostRows rows of
-// x and kMostTiles tiles of W share a step, so many that their sums still fit the registers: fewer
-// of the one, more of the other.
+// kEntries: of a nibble's table, half of it where the sign is put on afterwards. kSums: sums
+// of a step, of some rows of x times some tiles of W, which have to fit the registers.
 #if defined(__AVX512F__)
-inline constexpr int kEntries = 16, kMostRows = 4, kSums = 16;
+inline constexpr int kEntries = 16, kSums = 16;
 #elif defined(__AVX2__)
-inline constexpr int kEntries = 8, kMostRows = 4, kSums = 8;
+inline constexpr int kEntries = 8, kSums = 8;
 #else
-inline constexpr int kEntries = 16, kMostRows = 4, kSums = 8;
+inline constexpr int kEntries = 16, kSums = 8;
 #endif
 
 // One nibble of W rows of W, and what a table has for it.
@@ -39,33 +38,46 @@ struct Nibble {
 #endif
 };
 
-// The tables of a block for M rows of x, [nibble][row][kEntries]: sums over the nibble's codes of
-// level * x. Adds what of x was read to `sums`.
-template <int M>
-PEFTKERN_INLINE void build(const Meaning& meaning, const float* x, int64_t stride, int64_t columns,
-                           int64_t words, float* tables, F* sums) {
-  constexpr int64_t kMost = kBlockWords * kNibbles * 4;
-  alignas(64) float row[kMost];
-  const int64_t codes = meaning.codes, nibbles = words * kNibbles;
-  F level[4][kEntries / W];
-  for (int64_t p = 0; p < codes; ++p) {
-    for (int e = 0; e < kEntries; ++e) {
-      level[p][e / W][e % W] = static_cast<float>(meaning.level[p][e]);
+// The levels of each code of a nibble, as entries of a table.
+template <int kCodes>
+struct Entries {
+  F level[kCodes][kEntries / W];
+
+  Entries() {
+    const Meaning meaning(4 / kCodes);
+    for (int p = 0; p < kCodes; ++p) {
+      for (int e = 0; e < kEntries; ++e) {
+        level[p][e / W][e % W] = static_cast<float>(meaning.level[p][e]);
+      }
     }
   }
-  for (int m = 0; m < M; ++m) {
-    for (int64_t k = 0; k < nibbles * codes; k += W) {
-      const F v = k < columns ? load_first(x + m * stride + k, columns - k) : F{};
+};
+
+// The tables of a block for M rows of x, [nibble][row][kEntries]: sums over the nibble's codes of
+// level * x. Adds what of x was read to `sums`.
+template <int M, int kCodes>
+void build(const float* x, int64_t stride, int64_t columns, int64_t words, float* tables, F* sums) {
+  const Entries<kCodes> entries;
+  const int64_t width = words * kNibbles * kCodes;
+  alignas(64) float row[kBlockWords * kNibbles * kCodes];
+  for (int m = 0; m < M; ++m, x += stride) {
+    F total = sums[m];
+    for (int64_t k = 0; k < width; k += W) {
+      const F v = k < columns ? load_first(x + k, columns - k) : F{};
       store(row + k, v);
-      sums[m] += v;
+      total += v;
     }
-    for (int64_t i = 0; i < nibbles; ++i) {
-      for (int e = 0; e < kEntries; e += W) {
-        F entry{};
-        for (int64_t p = 0; p < codes; ++p) {
-          entry = fma(level[p][e / W], splat(row[i * codes + p]), entry);
+    sums[m] = total;
+    float* table = tables + m * kEntries;
+    for (int64_t k = 0; k < width; k += kCodes, table += M * kEntries) {
+      PEFTKERN_UNROLL
+      for (int e = 0; e < kEntries / W; ++e) {
+        F entry = entries.level[0][e] * splat(row[k]);
+        PEFTKERN_UNROLL
+        for (int p = 1; p < kCodes; ++p) {
+          entry = fma(entries.level[p][e], splat(row[k + p]), entry);
         }
-        store(tables + (i * M + m) * kEntries + e, entry);
+        store(table + e * W, entry);
       }
     }
   }
@@ -125,37 +137,51 @@ PEFTKERN_INLINE void step(const Step& s, int64_t tile) {
   }
 }
 
-template <int M>
-void rows_of(const LaidOut& weight, const Product& io, const Meaning& meaning, int64_t input,
-             int64_t begin, int64_t end) {
+template <int M, int kCodes>
+void rows_of(const LaidOut& weight, const Product& io, int64_t input, int64_t begin, int64_t end) {
   constexpr int kFit = kSums / (M * kVectors), kTiles = kFit < 8 ? kFit : 8;
   alignas(64) float tables[kBlockWords * kNibbles * M * kEntries];
   const int64_t words = words_of(weight.columns, weight.bits);
-  const int64_t width = kBlockWords * kNibbles * meaning.codes;  // of a block
   const float* x = io.x + input * weight.columns;
   F sums[M] = {};
   float means[M] = {};
   for (int64_t block = 0; block == 0 || block * kBlockWords < words; ++block) {
-    Step s{weight, io, input, block, min(kBlockWords, words - block * kBlockWords), block == 0,
-           (block + 1) * kBlockWords >= words, tables, means};
-    build<M>(meaning, x + block * width, weight.columns, weight.columns - block * width, s.words,
-             tables, sums);
-    for (int m = 0; s.last && m < M; ++m) means[m] = io.mean * sum(sums[m]);
+    const int64_t first = block * kBlockWords, column = first * kNibbles * kCodes;
+    const bool last = first + kBlockWords >= words;
+    const Step s{weight, io, input, block, min(kBlockWords, words - first), block == 0, last,
+                 tables, means};
+    build<M, kCodes>(x + column, weight.columns, weight.columns - column, s.words, tables, sums);
+    for (int m = 0; last && m < M; ++m) means[m] = io.mean * sum(sums[m]);
     int64_t tile = begin;
     for (; tile + kTiles <= end; tile += kTiles) step<M, kTiles>(s, tile);
+    if constexpr (kTiles > 2) {
+      for (; tile + 2 <= end; tile += 2) step<M, 2>(s, tile);
+    }
     for (; tile < end; ++tile) step<M, 1>(s, tile);
   }
 }
 
-void product(const LaidOut& weight, const Product& io, int64_t begin, int64_t end) {
-  const Meaning meaning(weight.bits);
+template <int kCodes>
+PEFTKERN_INLINE void product_of(const LaidOut& weight, const Product& io, int64_t begin,
+                                int64_t end) {
   int64_t input = 0;
-  for (; input + 4 <= io.inputs; input += 4) rows_of<4>(weight, io, meaning, input, begin, end);
+  for (; input + 4 <= io.inputs; input += 4) rows_of<4, kCodes>(weight, io, input, begin, end);
   if (io.inputs - input >= 2) {
-    rows_of<2>(weight, io, meaning, input, begin, end);
+    rows_of<2, kCodes>(weight, io, input, begin, end);
     input += 2;
   }
-  if (io.inputs - input) rows_of<1>(weight, io, meaning, input, begin, end);
+  if (io.inputs > input) rows_of<1, kCodes>(weight, io, input, begin, end);
+}
+
+void product(const LaidOut& weight, const Product& io, int64_t begin, int64_t end) {
+  switch (weight.bits) {
+    case 1:
+      return product_of<4>(weight, io, begin, end);
+    case 2:
+      return product_of<2>(weight, io, begin, end);
+    default:
+      return product_of<1>(weight, io, begin, end);
+  }
 }
 
 int64_t most_rows(const LaidOut& weight) { return weight.bits == 1 ? 1 << 30 : 64; }

@@ -5,9 +5,6 @@
 namespace peftkern::onebit {
 namespace {
 
-using qlora::as_dtype;
-using qlora::convert;
-
 struct Weight {
   LaidOut codes;
   double mean, scale;
@@ -89,7 +86,7 @@ template <typename T, typename Sums>
 void by_panels(const Weight& weight, const PanelKernels<T, Sums>& by, const Matrix& x,
                const MaybeTensor& bias, const Matrix& y) {
   if (x.columns) multiply_panels(weight.codes, by, x, y);
-  if (x.columns == 0) qlora::clear(y);
+  if (x.columns == 0) clear(y);
   Scratch scratch;
   const Sums* added = nullptr;
   if (bias) {
