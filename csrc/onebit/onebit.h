@@ -17,7 +17,8 @@
 //
 // Sums are float over kPiece elements, lane i taking those at i modulo kSumLanes, and then double
 // in order: neither threads nor instruction sets change a bit of statistics, codes and W. A double
-// weight has doubles throughout. Threads belong to the caller, who gives each a range of outputs.
+// weight has doubles throughout, in fewer lanes. Threads belong to the caller, who gives each a
+// range of outputs.
 #pragma once
 #include <cstdint>
 
