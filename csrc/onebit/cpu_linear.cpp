@@ -6,8 +6,8 @@ namespace peftkern::onebit::PEFTKERN_ISA {
 
 extern const LinearKernels linear_kernels{lay_out,
                                           product,
-                                          most_rows,
-                                          most_rows_bf16,
+                                          kMost,
+                                          kMostBf16,
                                           {panel<float>, finish<float>},
                                           {panel<double>, finish_double},
                                           {panel<peftkern::bf16>, finish<peftkern::bf16>}};

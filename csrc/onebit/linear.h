@@ -3,8 +3,9 @@
 // On the CPU the codes are laid out as 32-bit words, little-endian, in this order:
 //   word[block][tile][i][lane]   of row 16 tile + lane, its word 16 block + i
 // A row's words are its bytes, four to a word, so each nibble holds 4 / bits codes; only that a
-// nibble from 8 on has its three low bits turned over. Levels are odd, so those three bits then find a magnitude and the fourth one its sign. The last block has as
-// many words as are left, the last tile 16 rows: what is outside of the matrix is zero.
+// nibble from 8 on has its three low bits turned over. Levels are odd, so those three bits then
+// find a magnitude and the fourth one its sign. The last block has as many words as are left, the
+// last tile 16 rows: what is outside of the matrix is zero.
 //
 // Why: of one row of x, the sums over the columns of a nibble take 16 values. They are computed
 // once, and then each nibble of W costs a lookup and an addition, which serve as many rows of W as
@@ -44,8 +45,8 @@ struct Product {
   float mean, scale;
 };
 
-// out[k - column_begin, n - row_begin] = level[n, k] / unit for rows [row_begin, row_end) of W and the
-// columns of its words [word_begin, word_end)
+// out[k - column_begin, n - row_begin] = level[n, k] / unit for rows [row_begin, row_end) of W and
+// the columns of its words [word_begin, word_end)
 struct Panel {
   int64_t row_begin, row_end;  // row_begin: a multiple of kTileRows
   int64_t word_begin, word_end;
@@ -61,16 +62,23 @@ struct PanelKernels {
                  int64_t rows, T* y);
 };
 
+// A number for each width of a code.
+struct Most {
+  int64_t of_one, of_two, of_four;
+  constexpr int64_t at(int64_t bits) const {
+    return bits == 1 ? of_one : bits == 2 ? of_two : of_four;
+  }
+};
+
 struct LinearKernels {
   // Tiles [begin, end) of canonical bytes.
-  void (*lay_out)(const uint8_t* packed, int64_t rows, int64_t columns, int64_t bits,
-                  int64_t begin, int64_t end, uint8_t* words);
+  void (*lay_out)(const uint8_t* packed, int64_t rows, int64_t columns, int64_t bits, int64_t begin,
+                  int64_t end, uint8_t* words);
   // The rows of W in tiles [begin, end), for all rows of x.
   void (*product)(const LaidOut& weight, const Product& io, int64_t begin, int64_t end);
-  // The most rows of x for which that is faster than panels in float, and in bf16 where the library
-  // multiplies in it, as measured.
-  int64_t (*most)(const LaidOut& weight);
-  int64_t (*most_bf16)(const LaidOut& weight);
+  // The most rows of x for which that is faster than panels, in float and in bf16 where the library
+  // multiplies in it.
+  Most most, most_bf16;
   PanelKernels<float> f32;
   PanelKernels<double, double> f64;
   PanelKernels<peftkern::bf16> bf16;

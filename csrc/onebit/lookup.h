@@ -4,14 +4,24 @@
 
 namespace peftkern::onebit::PEFTKERN_ISA {
 
-// kEntries: of a nibble's table, half of it where the sign is put on afterwards. kSums: sums
-// of a step, of some rows of x times some tiles of W, which have to fit the registers.
+// kEntries: of a nibble's table, half of it where the sign is put on afterwards. kSums: sums of a
+// step, of some rows of x times some tiles of W, which have to fit the registers.
+//
+// kMost: where panels get faster at 4096 x 4096 on two cores, the library with the same
+// instructions. For one bit that is nowhere: on AVX-512, 256 rows take 15 ms by lookup and 26 by
+// panels, on AVX2 31 and 42; a code of more bits takes as many times as long to look up. In bf16
+// the library has the matrix unit: for one bit, 32 rows take 1.9 ms and 2.5, 64 rows 3.8 and 3.2.
+inline constexpr int64_t kAny = INT64_MAX;
+inline constexpr Most kMostBf16{48, 20, 10};
 #if defined(__AVX512F__)
 inline constexpr int kEntries = 16, kSums = 16;
+inline constexpr Most kMost{kAny, 96, 20};
 #elif defined(__AVX2__)
 inline constexpr int kEntries = 8, kSums = 8;
+inline constexpr Most kMost{kAny, 32, 8};
 #else
 inline constexpr int kEntries = 16, kSums = 8;
+inline constexpr Most kMost{128, 16, 4};
 #endif
 
 // One nibble of W rows of W, and what a table has for it.
@@ -148,8 +158,8 @@ void rows_of(const LaidOut& weight, const Product& io, int64_t input, int64_t be
   for (int64_t block = 0; block == 0 || block * kBlockWords < words; ++block) {
     const int64_t first = block * kBlockWords, column = first * kNibbles * kCodes;
     const bool last = first + kBlockWords >= words;
-    const Step s{weight, io, input, block, min(kBlockWords, words - first), block == 0, last,
-                 tables, means};
+    const Step s{weight,     io,   input,  block, min(kBlockWords, words - first),
+                 block == 0, last, tables, means};
     build<M, kCodes>(x + column, weight.columns, weight.columns - column, s.words, tables, sums);
     for (int m = 0; last && m < M; ++m) means[m] = io.mean * sum(sums[m]);
     int64_t tile = begin;
@@ -183,8 +193,5 @@ void product(const LaidOut& weight, const Product& io, int64_t begin, int64_t en
       return product_of<1>(weight, io, begin, end);
   }
 }
-
-int64_t most_rows(const LaidOut& weight) { return weight.bits == 1 ? 1 << 30 : 64; }
-int64_t most_rows_bf16(const LaidOut&) { return 64; }
 
 }  // namespace peftkern::onebit::PEFTKERN_ISA

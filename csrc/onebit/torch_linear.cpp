@@ -47,12 +47,9 @@ void by_lookup(const Weight& weight, const Matrix& x, const MaybeTensor& bias, c
     for (int64_t i = begin; i < end;) {
       const int64_t turn = i / tiles, stop = std::min(end, (turn + 1) * tiles);
       const int64_t first = turn * kTurn, last = std::min(first + kTurn, x.rows);
-      const Product io{static_cast<const float*>(x.at(first, 0)),
-                       added,
-                       static_cast<float*>(y.at(first, 0)),
-                       last - first,
-                       static_cast<float>(weight.mean),
-                       static_cast<float>(weight.scale)};
+      const Product io{static_cast<const float*>(x.at(first, 0)), added,
+                       static_cast<float*>(y.at(first, 0)),       last - first,
+                       static_cast<float>(weight.mean),           static_cast<float>(weight.scale)};
       linear_kernels().product(codes, io, i - turn * tiles, stop - turn * tiles);
       i = stop;
     }
@@ -139,9 +136,8 @@ Tensor linear(const Tensor& x, const Tensor& laid_out, const Tensor& statistics,
     by_panels(weight, linear_kernels().f64, from, bias, to);
     return y;
   }
-  const bool bf16 =
-      from.dtype == ScalarType::BFloat16 && current_isa() >= Isa::avx512bf16;
-  if (bf16 && count > linear_kernels().most_bf16(weight.codes)) {
+  const bool bf16 = from.dtype == ScalarType::BFloat16 && current_isa() >= Isa::avx512bf16;
+  if (bf16 && count > linear_kernels().most_bf16.at(bits)) {
     by_panels(weight, linear_kernels().bf16, from, bias, to);
     return y;
   }
@@ -150,7 +146,7 @@ Tensor linear(const Tensor& x, const Tensor& laid_out, const Tensor& statistics,
   const Matrix wide = as_dtype(from, ScalarType::Float, scratch);
   void* memory = direct ? to.at(0, 0) : scratch.take<float>(count * rows);
   const Matrix out = Matrix::dense(memory, ScalarType::Float, count, rows);
-  if (count <= linear_kernels().most(weight.codes)) {
+  if (count <= linear_kernels().most.at(bits)) {
     by_lookup(weight, wide, bias, out);
   } else {
     by_panels(weight, linear_kernels().f32, wide, bias, out);
