@@ -104,6 +104,12 @@ TILES: dict[str, dict[str, Rows]] = {
     # And of this one columns of the gradient; a step takes `rows` rows of activations.
     "grad_weight 16": {"any": ((None, Tile(64, 128, 128, 8, 3)),)},
     "grad_weight 32": {"any": ((None, Tile(32, 64, 64, 4, 2)),)},
+    # Of bottleneck: a program of the first holds the whole rank of its rows, and of the second
+    # `inner` is the widest rank.
+    "bottleneck 16": {"any": ((16, Tile(16, 64, 64, 4, 4)), (None, Tile(64, 64, 64, 4, 3)))},
+    "bottleneck 32": {"any": ((None, Tile(16, 32, 32, 4, 2)),)},
+    "bottleneck_sums 16": {"any": ((None, Tile(64, 128, 64, 4, 3)),)},
+    "bottleneck_sums 32": {"any": ((None, Tile(32, 64, 32, 4, 2)),)},
 }
 # Where blocks straddle rows: each weight has its scale looked up, which larger tiles have no
 # registers for.
