@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from peftkern.kernels.onebit_adapter import adapter as adapter
+from peftkern.kernels.onebit_adapter import adapter_bwd as adapter_bwd
 from peftkern.kernels.onebit_codes import dequantize as dequantize
 from peftkern.kernels.onebit_codes import encode as encode
 from peftkern.kernels.onebit_codes import pack as pack
@@ -11,4 +13,3 @@ from peftkern.kernels.onebit_latents import quantize_bwd as quantize_bwd
 from peftkern.kernels.onebit_latents import statistics as statistics
 from peftkern.kernels.onebit_linear import lay_out as lay_out
 from peftkern.kernels.onebit_linear import linear as linear
-

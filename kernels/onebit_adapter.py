@@ -1,9 +1,9 @@
-"""The adapter of onebit in Triton: both latents are quantised in one launch, the rest is bottleneck's.
+"""The adapter of onebit in Triton: one launch quantises both latents, the rest is bottleneck's.
 
-W goes through a scratch of x's dtype and is not made in bottleneck's own kernels. There each program
-would read 4 bytes a latent weight from the L2 cache and not 2, and quantise it once more: for 12,608
-tokens, 768 columns and a rank of 32, 197 times. A launch of 2 microseconds does it once, and writes
-the numbers to which those kernels would round W in any case.
+W goes through a scratch of x's dtype and is not made in bottleneck's own kernels. There each
+program would read 4 bytes a latent weight from the L2 cache and not 2, and quantise it again: for
+12,608 tokens and 768 x 32 weights 197 times. The scratch costs a launch of about 2 microseconds,
+and holds the very numbers to which those kernels would round W.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def adapter(
         return fallback.adapter(
             x, down, up, statistics, bits, scale, activation, residual, onto_x, dropout, seed
         )
-    dense = quantize([down, up], statistics, bits, x.dtype)
+    dense_down, dense_up = quantize([down, up], statistics, bits, x.dtype)
     return bottleneck.linear(
-        x, *dense, None, None, None, scale, activation, residual, onto_x, None, None, None,
-        dropout, seed,
+        x, dense_down, dense_up, None, None, None, scale, activation, residual, onto_x,
+        None, None, None, dropout, seed,
     )  # fmt: skip
 
 
@@ -44,10 +44,10 @@ def adapter_bwd(
             needs,
         )  # fmt: skip
     # A gradient comes in the dtype of its weight, and sums are not to be rounded in between.
-    dense = quantize([down, up], statistics, bits, torch.float32)
+    dense_down, dense_up = quantize([down, up], statistics, bits, torch.float32)
     found = bottleneck.linear_bwd(
-        grad, x, hidden, *dense, None, None, None, scale, activation, onto_x, None, None, None,
-        dropout, seed, [*needs, *[False] * 5],
+        grad, x, hidden, dense_down, dense_up, None, None, None, scale, activation, onto_x,
+        None, None, None, dropout, seed, [*needs, *[False] * 5],
     )  # fmt: skip
     train = slice(1 - needs[1], 1 + needs[2])  # which of the two
     weights = [down, up][train]

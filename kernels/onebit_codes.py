@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.kernels.onebit_levels import code_of, load_statistics, value_of
 from peftkern.kernels.common import narrow, widen
+from peftkern.kernels.onebit_levels import code_of, load_statistics, value_of
 from peftkern.onebit import fallback, reference
 
 BLOCK_N, BLOCK_BYTES = 16, 32  # rows and bytes of one program

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern.kernels.common import narrow, widen
 from peftkern.kernels.onebit_levels import (
     EPS,
     at,
@@ -27,13 +28,13 @@ from peftkern.kernels.onebit_levels import (
     runs,
     value_of,
 )
-from peftkern.kernels.common import narrow, widen
 from peftkern.onebit import fallback, reference
 
 # A matrix of an adapter, such as 768 x 32, lies whole in the registers of one program, which reads
 # it once for both its passes; 64 of them a thread. A larger one is cut into parts of this size.
 BLOCK_PART, PART_WARPS = 32768, 16
-FLAT = tl.constexpr(8 * torch.finfo(torch.float32).eps)  # a std of so many times max(1, |mean|) is 0
+# A std of so many times max(1, |mean|) is nothing but rounding.
+FLAT = tl.constexpr(8 * torch.finfo(torch.float32).eps)
 BLOCK_PARTS = 1024  # parts that are added up at a time
 BLOCK_SUMS, SUMS_WARPS = 8192, 8  # weights and gradients that one program sums up
 BLOCK_SUM_PARTS = 128
@@ -201,8 +202,8 @@ def quantize_bwd_kernel(
 ):
     """The gradient of the weights; every program adds up the parts of its matrix in their order.
 
-    Floor: the bytes of the gradients and the weights, which a small list leaves in the L2 cache, and
-    of what is written; 1 KB of sums for each million weights.
+    Floor: the bytes of the gradients and the weights, which lie in the L2 cache if the list is
+    small, and of what is written; 1 KB of sums for each million weights.
     """
     matrix = tl.program_id(0)
     count = count_of(counts, matrix, ALIGNED)

@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.kernels import qlora_paths as paths
+from peftkern.kernels.common import dot, load, narrow, rows_of, widen
 from peftkern.kernels.onebit_codes import decode
 from peftkern.kernels.onebit_levels import load_statistics, value_of
 from peftkern.kernels.qlora_forward import add_up
 from peftkern.kernels.qlora_panels import PANEL_BYTES, PANEL_STEP
-from peftkern.kernels.common import dot, load, narrow, widen
 from peftkern.onebit import fallback, reference
 
 
@@ -152,26 +152,22 @@ def linear(
     x: Tensor, laid_out: Tensor, statistics: Tensor, bits: int, rows: int, bias: Tensor | None
 ) -> Tensor:
     if x.dtype == torch.float64:
-        packed = laid_out.view(rows, -1)[:, : triton.cdiv(x.shape[-1] * bits, 8)]
-        return fallback.linear(x, packed.reshape(-1), statistics, bits, rows, bias)
-    flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
+        bytes = triton.cdiv(x.shape[-1] * bits, 8)
+        canonical = laid_out.view(rows, -1)[:, :bytes] if bytes else laid_out
+        return fallback.linear(x, canonical.reshape(-1), statistics, bits, rows, bias)
+    flat = rows_of(x)
     y = flat.new_empty(len(flat), rows)
     if y.numel():
         path = paths.choose(x.device, x.dtype, len(flat), 1, bits, decodes=False)
         way = gemm if path == "gemm" else panels
-        way(flat, laid_out.view(rows, -1), statistics, bits, bias, y)
+        way(flat, laid_out, statistics, bits, bias, y)
     return y.view(*x.shape[:-1], rows)
 
 
 def gemm(
-    x: Tensor, packed: Tensor, statistics: Tensor, bits: int, bias: Tensor | None, out: Tensor
+    x: Tensor, laid_out: Tensor, statistics: Tensor, bits: int, bias: Tensor | None, out: Tensor
 ) -> None:
-    """Unpacks inside the product.
-
-    Args:
-        packed: rows of whole words, uint8 `[rows, bytes]`.
-        out: `[inputs, rows]`, with an element at least.
-    """
+    """Unpacks inside the product; `out` is `[inputs, rows]` and has an element at least."""
     (inputs, rows), columns = out.shape, x.shape[1]
     levels = reference.levels(bits)
     # Of one bit, the product is exact: a factor's digits are not cut off.
@@ -181,9 +177,9 @@ def gemm(
     splits = paths.splits(tile, programs[0] * programs[1], columns, x.device)
     parts = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
     part = triton.cdiv(triton.cdiv(columns, splits), tile.inner) * tile.inner
-    words = packed.view(torch.int32)
     packed_linear_kernel[(*programs, splits)](
-        x, words, statistics, bias, parts, inputs, rows, columns, words.shape[1], part, factor,
+        x, laid_out.view(torch.int32), statistics, bias, parts, inputs, rows, columns,
+        triton.cdiv(columns * bits, 32), part, factor,
         BITS=bits,
         LEVELS=tuple(level / factor for level in levels),
         EVEN=columns % tile.inner == 0,
@@ -198,7 +194,7 @@ def gemm(
 
 
 def panels(
-    x: Tensor, packed: Tensor, statistics: Tensor, bits: int, bias: Tensor | None, out: Tensor
+    x: Tensor, laid_out: Tensor, statistics: Tensor, bits: int, bias: Tensor | None, out: Tensor
 ) -> None:
     """std * L in panels that lie in the cache when the library's product reads them."""
     (inputs, rows), columns = out.shape, x.shape[1]
@@ -209,7 +205,7 @@ def panels(
         return
     count = triton.cdiv(rows * columns * x.element_size(), PANEL_BYTES)
     size = triton.cdiv(triton.cdiv(rows, count), PANEL_STEP) * PANEL_STEP
-    buffer = x.new_empty(min(size, rows), columns)
+    packed, buffer = laid_out.view(rows, -1), x.new_empty(min(size, rows), columns)
     for begin in range(0, rows, size):
         end = min(begin + size, rows)
         panel = buffer[: end - begin]
