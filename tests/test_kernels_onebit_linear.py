@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from peftkern.bottleneck import reference as bottleneck
 from peftkern.onebit import fallback, reference
-from peftkern.qlora.reference import linear as plain
+from peftkern.qlora.reference import linear
 
 triton_onebit = pytest.importorskip("peftkern.kernels.onebit", reason="needs triton")
 from launchers import DTYPES, SIZES, TILES, on  # noqa: E402
@@ -31,6 +31,15 @@ def sample(device, rows, columns, inputs, bits, dtype=torch.float32, mean=0.1, s
     return on(device, x, reference.pack(codes, bits), torch.tensor([[mean, std]]), bias)
 
 
+def plain(packed, bits):
+    """The product in plain torch; W is rounded in the dtype of the statistics that it is given."""
+
+    def run(x, statistics, bias=None):
+        return linear(x, reference.dequantize(packed, statistics, bits, x.shape[-1]), bias)
+
+    return run
+
+
 def run(x, packed, statistics, bits, bias, path=None, tile=None):
     laid_out = triton_onebit.lay_out(packed, bits, x.shape[-1])
     with paths.forced(path, tile):
@@ -48,8 +57,7 @@ def test_linear_is_the_reference(
     x, packed, statistics, bias = sample(device, rows, columns, inputs, bits, dtype, mean)
     bias = bias if has_bias else None
     y = run(x, packed, statistics, bits, bias, path, tile)
-    weight = reference.dequantize(packed, statistics, bits, columns)
-    assert_as_good(y, plain, x, weight, bias)
+    assert_as_good(y, plain(packed, bits), x, statistics, bias)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -61,26 +69,25 @@ def test_a_mean_that_dwarfs_the_std_does_not_swallow_the_codes(device, path, bit
     y = run(torch.cat([half, -half], 1), packed, statistics, bits, None, path)
     codes = reference.unpack(packed, bits, 128).long()
     level = torch.tensor(reference.levels(bits), device=device)[codes]
-    assert_as_good(y, plain, half, level[:, :64] - level[:, 64:])
+    assert_as_good(y, linear, half, level[:, :64] - level[:, 64:])
 
 
 @pytest.mark.parametrize("bits", reference.BITS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_tile_of_the_table_gives_the_reference(device, bits, dtype):
     x, packed, statistics, bias = sample(device, 40, 140, 40, bits, dtype)
-    weight = reference.dequantize(packed, statistics, bits, 140)
     table = paths.TILES[f"onebit {8 * dtype.itemsize}"]
     for _, tile in itertools.chain.from_iterable(table.values()):
         y = run(x, packed, statistics, bits, bias, "gemm", tile._replace(splits=2))
-        assert_as_good(y, plain, x, weight, bias)
+        assert_as_good(y, plain(packed, bits), x, statistics, bias)
 
 
 def test_panels_end_where_rows_do(device, monkeypatch):
     monkeypatch.setattr(onebit_linear, "PANEL_BYTES", 1)
     monkeypatch.setattr(onebit_linear, "PANEL_STEP", 16)
     x, packed, statistics, bias = sample(device, 37, 21, 5, 1)
-    weight = reference.dequantize(packed, statistics, 1, 21)
-    assert_as_good(run(x, packed, statistics, 1, bias, "panels"), plain, x, weight, bias)
+    y = run(x, packed, statistics, 1, bias, "panels")
+    assert_as_good(y, plain(packed, 1), x, statistics, bias)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -88,8 +95,8 @@ def test_panels_end_where_rows_do(device, monkeypatch):
 def test_x_has_any_number_of_dimensions(device, path, shape):
     _, packed, statistics, bias = sample(device, 9, shape[-1], 1, 2)
     (x,) = on(device, torch.randn(shape))
-    weight = reference.dequantize(packed, statistics, 2, shape[-1])
-    assert_as_good(run(x, packed, statistics, 2, bias, path), plain, x, weight, bias)
+    y = run(x, packed, statistics, 2, bias, path)
+    assert_as_good(y, plain(packed, 2), x, statistics, bias)
 
 
 @pytest.mark.parametrize("bits", reference.BITS)
@@ -143,7 +150,7 @@ def test_the_adapter_is_the_reference(
     args = adapter_sample(device, inputs, columns, rank, outputs, dtype, latent)
     statistics, seed = on(device, STATISTICS, torch.tensor([5]))
 
-    def plain(x, down, up, grad, other):
+    def plainly(x, down, up, grad, other):
         """y, h and all gradients, by plain torch in the dtype of x."""
         found = statistics.to(torch.promote_types(down.dtype, torch.float32))
         wide = [t.to(found.dtype) for t in (down, up)]
@@ -168,4 +175,4 @@ def test_the_adapter_is_the_reference(
     found = [y, hidden, *grads]
     assert len(found) == 2 + sum(needs)
     for i, one in enumerate(found):
-        assert_as_good(one, lambda *args, i=i: plain(*args)[i], *args)
+        assert_as_good(one, lambda *args, i=i: plainly(*args)[i], *args)
