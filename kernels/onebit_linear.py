@@ -143,18 +143,19 @@ START_ROWS, START_BLOCK = 4, 1024
 def lay_out(packed: Tensor, bits: int, width: int) -> Tensor:
     """Rows of whole 32-bit words, so that they are copied while others are multiplied.
 
-    Such a copy takes 4 bytes at least. What follows a row's codes in its last word is zero.
+    Such a copy takes 4 bytes at least. What is left of a row's last word is zero, as are the rows
+    up to a multiple of 16, which make the bytes as many as those of other kernels.
     """
-    return torch.nn.functional.pad(packed, (0, -packed.shape[1] % 4)).view(-1)
+    rows, bytes = packed.shape
+    return torch.nn.functional.pad(packed, (0, -bytes % 4, 0, -rows % 16)).view(-1)
 
 
 def linear(
     x: Tensor, laid_out: Tensor, statistics: Tensor, bits: int, rows: int, bias: Tensor | None
 ) -> Tensor:
     if x.dtype == torch.float64:
-        bytes = triton.cdiv(x.shape[-1] * bits, 8)
-        canonical = laid_out.view(rows, -1)[:, :bytes] if bytes else laid_out
-        return fallback.linear(x, canonical.reshape(-1), statistics, bits, rows, bias)
+        packed = _rows(laid_out, rows, triton.cdiv(x.shape[-1] * bits, 8))
+        return fallback.linear(x, packed.reshape(-1), statistics, bits, rows, bias)
     flat = rows_of(x)
     y = flat.new_empty(len(flat), rows)
     if y.numel():
@@ -162,6 +163,12 @@ def linear(
         way = gemm if path == "gemm" else panels
         way(flat, laid_out, statistics, bits, bias, y)
     return y.view(*x.shape[:-1], rows)
+
+
+def _rows(laid_out: Tensor, rows: int, bytes: int) -> Tensor:
+    """The canonical bytes `[rows, bytes]`, a view."""
+    stride = triton.cdiv(bytes, 4) * 4
+    return laid_out.as_strided((rows, bytes), (stride, 1))
 
 
 def gemm(
@@ -205,7 +212,8 @@ def panels(
         return
     count = triton.cdiv(rows * columns * x.element_size(), PANEL_BYTES)
     size = triton.cdiv(triton.cdiv(rows, count), PANEL_STEP) * PANEL_STEP
-    packed, buffer = laid_out.view(rows, -1), x.new_empty(min(size, rows), columns)
+    packed = laid_out.view(-1, triton.cdiv(columns * bits, 32) * 4)
+    buffer = x.new_empty(min(size, rows), columns)
     for begin in range(0, rows, size):
         end = min(begin + size, rows)
         panel = buffer[: end - begin]
