@@ -84,6 +84,15 @@ TILES: dict[str, dict[str, Rows]] = {
     "gemm 32": {"any": ((16, Tile(16, 32, 32, 4, 2)), (None, Tile(32, 32, 32, 4, 2)))},
     "down 16": {"any": ((16, Tile(16, 64, 128, 4, 4)), (None, Tile(64, 64, 64, 4, 4)))},
     "down 32": {"any": ((None, Tile(16, 32, 32, 4, 2)),)},
+    # onebit's product; codes of one bit are many to a byte, so steps are long.
+    "onebit 16": {
+        "any": (
+            (16, Tile(16, 64, 128, 4, 4)),
+            (32, Tile(32, 64, 128, 4, 3)),
+            (None, Tile(64, 64, 128, 4, 3)),
+        ),
+    },
+    "onebit 32": {"any": ((16, Tile(16, 32, 32, 4, 2)), (None, Tile(32, 32, 32, 4, 2)))},
     # As many masks as siblings: steps are shorter, or registers run out.
     "siblings_down 16": {"any": ((16, Tile(16, 64, 64, 4, 4)), (None, Tile(64, 64, 32, 4, 6)))},
     "siblings_down 32": {"any": ((None, Tile(16, 32, 32, 4, 2)),)},

@@ -146,7 +146,7 @@ def source(kernel, args, kwargs):
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = given[parameter.name]
-        many = isinstance(value, tuple)
+        many = isinstance(value, tuple) and not parameter.is_constexpr
         types = []
         for j, single in enumerate(value if many else [value]):
             name, aligned = typed(single, parameter)

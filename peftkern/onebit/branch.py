@@ -38,6 +38,7 @@ _adapter_op = _native.define(
     _fake_adapter,
     fallback.adapter,
 )
+_native.register_triton("onebit", "adapter")
 # needs: x, down, up.
 _adapter_bwd_op = _native.define(
     "onebit_adapter_bwd(Tensor grad, Tensor x, Tensor hidden, Tensor down, Tensor up, "
@@ -46,6 +47,7 @@ _adapter_bwd_op = _native.define(
     _fake_adapter_bwd,
     fallback.adapter_bwd,
 )
+_native.register_triton("onebit", "adapter_bwd")
 
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _Fixed = tuple[Tensor | None, int, float, int, bool, float, Tensor | None]

@@ -40,36 +40,43 @@ def _fake_encode(weight: Tensor, statistics: Any, bits: int) -> Tensor:
 statistics_op = _native.define(
     "onebit_statistics(Tensor[] weights) -> Tensor", _fake_statistics, fallback.statistics
 )
+_native.register_triton("onebit", "statistics")
 quantize_op = _native.define(
     "onebit_quantize(Tensor[] weights, Tensor statistics, int bits) -> Tensor[]",
     lambda weights, statistics, bits: [torch.empty_like(w) for w in weights],
     fallback.quantize,
 )
+_native.register_triton("onebit", "quantize")
 quantize_bwd_op = _native.define(
     "onebit_quantize_bwd(Tensor[] grads, Tensor[] weights, Tensor statistics, int bits) "
     "-> Tensor[]",
     lambda grads, weights, statistics, bits: [torch.empty_like(w) for w in weights],
     fallback.quantize_bwd,
 )
+_native.register_triton("onebit", "quantize_bwd")
 _encode_op = _native.define(
     "onebit_encode(Tensor weight, Tensor statistics, int bits) -> Tensor",
     _fake_encode,
     fallback.encode,
 )
+_native.register_triton("onebit", "encode")
 _pack_op = _native.define(
     "onebit_pack(Tensor codes, int bits) -> Tensor", _fake_pack, reference.pack
 )
+_native.register_triton("onebit", "pack")
 _unpack_op = _native.define(
     "onebit_unpack(Tensor packed, int bits, int width) -> Tensor",
     lambda packed, bits, width: packed.new_empty(*packed.shape[:-1], width),
     reference.unpack,
 )
+_native.register_triton("onebit", "unpack")
 dequantize_op = _native.define(
     "onebit_dequantize(Tensor packed, Tensor statistics, int bits, int width, ScalarType dtype) "
     "-> Tensor",
     _fake_dequantize,
     fallback.dequantize,
 )
+_native.register_triton("onebit", "dequantize")
 
 
 class _Quantize(torch.autograd.Function):

@@ -25,12 +25,14 @@ _native.define(
     lambda packed, bits, width: packed.new_empty(fallback.laid_out_bytes(packed, bits, width)),
     fallback.lay_out,
 )
+_native.register_triton("onebit", "lay_out")
 _linear_op = _native.define(
     "onebit_linear(Tensor x, Tensor laid_out, Tensor statistics, int bits, int rows, Tensor? bias) "
     "-> Tensor",
     lambda x, laid_out, statistics, bits, rows, bias: x.new_empty(*x.shape[:-1], rows),
     fallback.linear,
 )
+_native.register_triton("onebit", "linear")
 _PANEL = 2**22  # elements of a weight that are dequantised at a time
 
 
