@@ -1,11 +1,10 @@
 // The small products of the low-rank term, blocked in registers. Each output is one sum in one
 // order.
 #pragma once
+#include "common/kernels.h"
 #include "common/simd.h"
-#include "qlora/qlora.h"
 
-namespace peftkern::qlora::PEFTKERN_ISA {
-using namespace peftkern::PEFTKERN_ISA;
+namespace peftkern::PEFTKERN_ISA {
 
 #if defined(__AVX512F__)
 inline constexpr int kRegisters = 16;  // accumulators; as many again hold operands
@@ -143,4 +142,4 @@ void dots(const Dots<double>& io) {
   }
 }
 
-}  // namespace peftkern::qlora::PEFTKERN_ISA
+}  // namespace peftkern::PEFTKERN_ISA
