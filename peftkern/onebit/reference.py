@@ -90,14 +90,17 @@ def quantize(weight: Tensor, bits: int) -> Tensor:
     return (mean + std * (level + (u - u.detach()))).to(weight.dtype)
 
 
-def quantize_bwd(grad: Tensor, weight: Tensor, statistics: Tensor, bits: int) -> Tensor:
+def quantize_bwd(
+    grad: Tensor, weight: Tensor, statistics: Tensor, bits: int, chosen: Tensor | None = None
+) -> Tensor:
     """What autograd makes of `quantize`, in closed form: grad -> the gradient of the weight.
 
         r = std / (std + 1e-5)
         r * grad + (1 - r) * S1 / n + (w - mean) / ((n - 1) * std) * S2
         S1 = sum(grad),  S2 = sum(grad * (level[code] - r * u))
 
-    Where std is 0 the first term and the last are none.
+    Where std is 0 the first term and the last are none. `chosen`: the codes, which float64 would
+    choose anew.
     """
     mean, std = statistics.unbind()
     wide, count = grad.to(mean.dtype), weight.numel()
@@ -105,7 +108,8 @@ def quantize_bwd(grad: Tensor, weight: Tensor, statistics: Tensor, bits: int) ->
         return torch.zeros_like(weight)
     centred = weight.to(mean.dtype) - mean
     ratio = std / (std + EPS)
-    level = statistics.new_tensor(levels(bits))[codes(weight, statistics, bits).long()]
+    chosen = codes(weight, statistics, bits) if chosen is None else chosen
+    level = statistics.new_tensor(levels(bits))[chosen.long()]
     along = (wide * (level - ratio * (centred / (std + EPS)))).sum()
     slope = torch.where(std == 0, 0.0, along / (max(count - 1, 1) * std))
     return (ratio * wide + (1 - ratio) * wide.sum() / count + slope * centred).to(weight.dtype)
