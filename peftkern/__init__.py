@@ -7,6 +7,7 @@ from peftkern.explain import explain
 from peftkern.files import adapter_state_dict, load_adapter, save_adapter
 from peftkern.info import Info, info
 from peftkern.merge import merge, unmerge
+from peftkern.onebit import OneBitConfig
 from peftkern.optimize import optimize, register, restore
 from peftkern.qlora import LoraConfig, QLoRALinear
 from peftkern.report import Report, Row, report
@@ -14,6 +15,7 @@ from peftkern.report import Report, Row, report
 __all__ = [
     "Info",
     "LoraConfig",
+    "OneBitConfig",
     "QLoRALinear",
     "Report",
     "Row",

@@ -77,6 +77,10 @@ class Adapter(nn.Module):
         """What a file holds of it, detached and by the name behind the layer's own."""
         return dict(self.state_dict())
 
+    def training_parts(self) -> Parts:
+        """What a file may hold besides, for training to go on from where `parts` is rounded."""
+        return {}
+
     def fill(self, parts: Parts) -> None:
         """The reverse of `parts`; they have been checked against `wanted`."""
         for name, part in self.state_dict().items():

@@ -12,10 +12,11 @@ from torch import Tensor
 from peftkern import _check
 from peftkern._family import Adapter, Config, Parts, Stored, listed
 from peftkern._folder import CONFIG, TENSORS
+from peftkern.onebit import OneBitConfig
 from peftkern.qlora import LoraConfig
 
 PEFT_TYPE, VERSION = "PEFTKERN", 1
-CONFIGS: dict[str, type[Config]] = {c.method: c for c in (LoraConfig,)}
+CONFIGS: dict[str, type[Config]] = {c.method: c for c in (LoraConfig, OneBitConfig)}
 _DTYPES = (*_check.FLOATS, torch.int64)  # the latter counts the batches of a norm
 
 
@@ -62,7 +63,7 @@ def read(content: dict[str, Any], tensors: dict[str, Tensor]) -> Stored:
         if (end := next(ends, None)) is None:
             foreign.append(path)
             continue
-        _check.dtype(path, tensor, _DTYPES)
+        _check.dtype(path, tensor, [torch.uint8] if path.endswith(".bits") else _DTYPES)
         stored[".".join(words[:end])][".".join(words[end:])] = tensor
     if foreign:
         raise ValueError(f"{TENSORS} must hold what {CONFIG} names, got {listed(foreign)}")

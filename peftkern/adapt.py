@@ -12,6 +12,7 @@ from torch import nn
 
 from peftkern import _peft, _select, _siblings
 from peftkern._family import Adapter, Config, Places, Target, Undo
+from peftkern.onebit import pair
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -144,6 +145,7 @@ def place(model: nn.Module, plan: Plan) -> None:
         raise
     _freeze(model)
     _siblings.connect(model)
+    pair.connect(model)
     before: tuple[Skipped, ...] = getattr(model, "_peftkern_skipped", ())
     model._peftkern_skipped = (*before, *plan.skipped)  # type: ignore[assignment]
 

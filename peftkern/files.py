@@ -22,18 +22,21 @@ from peftkern.qlora.described import LoraAdapter
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def adapter_state_dict(model: nn.Module, latents: bool = False) -> dict[str, Tensor]:
     """What `save_adapter` writes.
 
     Args:
         model: adapted.
+        latents: as there.
 
     Returns:
         `base_model.model.<name>.lora_A.weight` `[r, in]` and `….lora_B.weight` `[out, r]` of every
         adapted linear, detached, in the parameters' own storage; with DoRA
         `….lora_magnitude_vector` `[out]`, where the bias trains `….base_layer.bias` `[out]`. An
         adapter that takes its start off again is one of rank 2 r, `[A; A0]` and `[B, -B0]`.
-        Where another method is in the model, `<name of the layer>.<part>` of every adapter.
+        Where another method is in the model, `<name of the layer>.<part>` of every adapter; of a
+        1-bit adapter `down.bits` `[r, ceil(in * bits / 8)]`, `up.bits` `[out, ceil(r * bits / 8)]`
+        and `statistics` `[2, 2]`, mean and std of each, made now.
 
     Raises:
         ValueError: the model has no adapter, or is wrapped in FullyShardedDataParallel.
@@ -43,11 +46,11 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {
         form.key(name, part): tensor
         for name, layer in layers.items()
-        for part, tensor in layer.parts().items()
+        for part, tensor in (layer.parts() | (layer.training_parts() if latents else {})).items()
     }
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], latents: bool = False) -> None:
     """Writes a folder that `load_adapter` reads, and where all is LoRA, peft's `from_pretrained`.
 
     Of methods that peft does not have the files are the same two, `peft_type` being "PEFTKERN".
@@ -60,6 +63,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Args:
         model: adapted.
         path: a folder, made where it is missing; its other files are left alone.
+        latents: of 1-bit adapters, write the float32 weights that training has moved as well, 32
+            times as much. From bits alone a model computes the same, and training goes on from
+            the same function; but how near each weight had come to a change of sign is lost.
 
     Raises:
         ValueError: the model has no adapter, or is wrapped in FullyShardedDataParallel.
@@ -71,7 +77,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
             warnings.warn(warning, stacklevel=2)
     others = [n for name, _ in model.named_modules() if (n := _plain(name)) not in layers]
     content = _form(layers).to_file(layers, others, getattr(model, "name_or_path", None) or None)
-    state = adapter_state_dict(model)
+    state = adapter_state_dict(model, latents)
     tensors = {k: _sharded.whole(v).cpu().contiguous() for k, v in state.items()}
     with _sharded.first_process(model.parameters()) as first:
         if first:
