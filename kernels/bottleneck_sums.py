@@ -31,7 +31,7 @@ def grad_up_kernel(
     gate_ptr,  # [1], or None
     up_parts_ptr,  # [strips, outputs, rank] float32, or None
     bias_parts_ptr,  # [strips, outputs] float32, or None
-    gate_parts_ptr,  # [chunks, strips, tiles] float32, or None: chunks of BLOCK_R ranks
+    gate_parts_ptr,  # [chunks, strips, outputs] float32, or None: chunks of BLOCK_R ranks
     rows,
     outputs,
     rank,
@@ -76,12 +76,13 @@ def grad_up_kernel(
     matrix, mask = part[:, None] * rank + r[None, :], is_n[:, None] & is_r[None, :]
     if gate_parts_ptr is not None:
         up = tl.load(up_ptr + n.to(tl.int64)[:, None] * rank + r[None, :], mask=mask, other=0)
-        sum = tl.sum(tl.sum(widen(convert(up, grad_ptr.dtype.element_ty)) * sum_up, 1), 0)
+        # One number an output: Triton 3.6 compiles no sum of them all for sm100.
+        sum = tl.sum(widen(convert(up, grad_ptr.dtype.element_ty)) * sum_up, 1)
         if bias_up_ptr is not None:
             if chunk == 0:
-                sum += tl.sum(widen(tl.load(bias_up_ptr + n, mask=is_n, other=0)) * bias, 0)
-        place = (chunk * tl.num_programs(1) + strip) * tl.num_programs(0) + tile
-        tl.store(gate_parts_ptr + place, scale * sum)
+                sum += widen(tl.load(bias_up_ptr + n, mask=is_n, other=0)) * bias
+        place = gate_parts_ptr + (chunk * tl.num_programs(1) + strip).to(tl.int64) * outputs + n
+        tl.store(place, scale * sum, mask=is_n)
     scale = whole_scale(scale, gate_ptr)
     if up_parts_ptr is not None:
         tl.store(up_parts_ptr + matrix, scale * sum_up, mask=mask)
@@ -174,14 +175,17 @@ def grad_up(
     programs = max(triton.cdiv(outputs, block), 1)
     up_parts = None if of_up is None else _float(grad, strips, outputs, rank)
     bias_parts = None if of_bias_up is None else _float(grad, strips, outputs)
-    gate_parts = None if of_gate is None else _float(grad, chunks, strips, programs)
+    gate_parts = None if of_gate is None else _float(grad, chunks * strips, outputs)
     if strips:
         grad_up_kernel[(programs, strips, chunks)](
             grad, low, up, bias_up, gate, up_parts, bias_parts, gate_parts, rows, outputs, rank,
             length, scale, BLOCK_N=block, **sides,
         )  # fmt: skip
     _add_up(strips, outputs, rank, (up_parts, of_up), (bias_parts, of_bias_up))
-    _add_up(chunks * strips * programs, 1, 1, (gate_parts, of_gate))
+    if of_gate is not None:
+        of_outputs = _float(grad, outputs)
+        _add_up(chunks * strips, outputs, 1, (gate_parts, of_outputs))
+        of_gate.copy_(of_outputs.sum())
 
 
 def grad_down(

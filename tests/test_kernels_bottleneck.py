@@ -175,6 +175,14 @@ def test_dropout_drops_the_same_elements_in_every_tile(device, way, rank, tile):
         torch.testing.assert_close(grad_x, 0.5 * dropout(grad, p, key))
 
 
+def test_a_dropout_of_everything_lets_nothing_through(device, way):
+    x, eye = torch.full((20, 5), torch.inf, device=device), torch.eye(5, device=device)
+    key = torch.tensor([2], device=device)
+    y, hidden, _, (grad_x, *_) = run(x, None, [eye, eye, *[None] * 5], "identity", None, 1.0, key)
+    assert not hidden.isfinite().any()
+    assert not y.any() and not grad_x.any()
+
+
 @pytest.mark.parametrize("inputs", [3, 40])
 def test_rows_far_from_zero_are_normed_by_what_they_differ_in(device, way, inputs):
     x, residual, parameters = operands(device, inputs, 150, 8, 20)
@@ -252,8 +260,9 @@ def test_a_training_step_is_a_handful_of_launches_and_allocations(device, way):
     if way == "one":
         assert forward == ["linear_kernel"] and rooms == 2  # y and h
         assert backward == [*up, "linear_bwd_kernel", *down]
-        assert more == 13  # six gradients, D(act(h)), t, and the parts of five sums
+        # Six gradients, D(act(h)), t, the gate's of each output, and the parts of five sums.
+        assert more == 14
     else:
         assert forward == ["project_kernel", "activate_kernel", "expand_kernel"] and rooms == 3
         assert backward == [*up, "project_kernel", "grad_hidden_kernel", "grad_x_kernel", *down]
-        assert more == 15
+        assert more == 16  # and two more of h's shape
