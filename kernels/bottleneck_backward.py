@@ -225,10 +225,9 @@ def grad_hidden(
         return t
     tile = paths.tile("bottleneck", x.device, x.dtype, rows)
     programs = triton.cdiv(rows, tile.rows)
-    sums = means = None
+    sums = None
     if statistics is not None and grad_x is not None:
         sums = norm_sums(x, down, bias_down, norm_weight, norm_bias)
-        means = torch.empty_like(statistics)
     onto = grad if onto_x else None
     drops = tiles.dropout_arguments(dropout, seed, rank)
     if is_one_kernel_s(rows, rank, tile, x.device):
@@ -240,6 +239,7 @@ def grad_hidden(
         return t
     parts = projected(grad, up, None, tile, along_rank=True)
     low = torch.empty_like(t, dtype=x.dtype)
+    means = None if sums is None else t.new_empty(2, rows)
     grad_hidden_kernel[(triton.cdiv(rows, tiles.HIDDEN_BLOCKS["BLOCK_M"]),)](
         parts, hidden, gate, sums, t, low, means, rows, columns, rank, scale,
         ACTIVATION=activation, SPLITS=len(parts), **drops, **tiles.HIDDEN_BLOCKS,
