@@ -152,7 +152,10 @@ def is_one_kernel_s(rows: int, rank: int, tile: paths.Tile, device: torch.device
 
 def whole_blocks(tile: paths.Tile, rank: int) -> dict[str, int]:
     """What a kernel of both products asks for."""
-    return product_blocks(tile, rank, WIDEST, BLOCK_N=tile.outputs, BLOCK_K=tile.inner)
+    blocks = product_blocks(tile, rank, WIDEST, BLOCK_N=tile.outputs, BLOCK_K=tile.inner)
+    if blocks["BLOCK_R"] > WIDEST // 2:
+        blocks["num_warps"] *= 2  # a tile of h, its mask and its slope have to lie in registers
+    return blocks
 
 
 def product_blocks(tile: paths.Tile, rank: int, widest: int, **others: int) -> dict[str, int]:

@@ -89,6 +89,7 @@ RARE_GATES = {
     "experts": Gate(255, 112 * KB),
     "mixed adapters": Gate(255, 112 * KB),
     "uneven": Gate(255, 160 * KB, stack=2 * KB),
+    "bottleneck with a norm": Gate(255, 112 * KB),
     "bottleneck, uneven": Gate(255, 160 * KB, stack=2 * KB),
 }
 

@@ -140,7 +140,7 @@ RARE_CASES = {
     "mixed adapters": lambda: step("nested", experts=EXPERTS, mixed=True),
     "uneven": lambda: step("nested", torch.float16, size=1001),
     "bottleneck, float32": lambda: adapter(4 * MANY, torch.float32),
-    "bottleneck with a norm": lambda: adapter(4 * MANY, norm=True, trains=False),
+    "bottleneck with a norm": lambda: adapter(4 * MANY, rank=128, norm=True, trains=False),
     "bottleneck, uneven": lambda: adapter(4 * MANY, torch.float16, 1001, rank=30, trains=False),
 }
 
