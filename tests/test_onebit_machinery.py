@@ -139,8 +139,8 @@ def test_instruction_sets_do_not_change_bits(bits):
 
 
 def test_a_step_takes_few_calls():
-    """Statistics, W and the product; backward the product's gradient and the quantiser's, and W once
-    more where x asks for its own."""
+    """Statistics, W and the product; backward the product's gradient and the quantiser's, and W
+    again where x asks for its own."""
     x, weight, bias = sample()
     weight.requires_grad_()
     with Count() as count:

@@ -128,11 +128,13 @@ class Latents {
     });
   }
 
-  // The gradient of each, into memory of its dtype, from that of W in the type of the sums.
+  // The gradient of each, into memory of its dtype, from that of W in the type of the sums; of
+  // those that have one.
   void slope(const std::vector<const void*>& grads, const std::vector<void*>& out) const {
     std::vector<double> sums(static_cast<size_t>(2 * first_.back()));
     for (const bool summed : {false, true}) {
       for_each_part([&](size_t m, int64_t begin, int64_t end) {
+        if (!grads[m]) return;
         with(m, [&](const auto& typed, auto* type) {
           using A = SumOf<std::remove_pointer_t<decltype(type)>>;
           const auto* weight = data<decltype(type)>(m);
