@@ -153,5 +153,5 @@ def _parsed(
 def _known_reason(excess: int, shapes: list[tuple[Sequence[int], int]]) -> str:
     dropped = sum(bool(s[0] * s[1] * bits % 8) for s, bits in shapes)
     if dropped and excess == -dropped:
-        return ": the published code has dropped the last codes of some"
+        return ": the published code has dropped the last codes of some, perhaps"
     return ": a head follows the matrices, perhaps" if excess > 0 and excess % 4 == 0 else ""
