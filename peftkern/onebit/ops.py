@@ -22,7 +22,7 @@ from peftkern.qlora.ops import operand
 # A bijection: the same codes in the order in which the device's `onebit_linear` reads them.
 _native.define(
     "onebit_lay_out(Tensor packed, int bits, int width) -> Tensor",
-    lambda packed, bits, width: packed.new_empty(packed.numel()),
+    lambda packed, bits, width: packed.new_empty(fallback.laid_out_bytes(packed, bits, width)),
     fallback.lay_out,
 )
 _linear_op = _native.define(
