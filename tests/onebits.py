@@ -1,11 +1,14 @@
 """Models for 1-bit adapters, the published module in plain torch, and a count of our ops."""
 
+import os
 from collections import Counter
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import peftkern
 from peftkern import onebit
 from peftkern.onebit import reference
 
@@ -80,3 +83,38 @@ class Ops(TorchDispatchMode):
         if func.namespace == "peftkern":
             self.count[func._opname] += 1
         return func(*args, **(kwargs or {}))
+
+
+def trained(placement, path, wrap=None):
+    """Three steps, saved; -> what the model gives then."""
+    model = blocks()
+    torch.manual_seed(1)
+    peftkern.adapt(model, config(placement))
+    wrap = wrap or (lambda model: model)
+    model = wrap(model)
+    optimizer = torch.optim.SGD(peftkern.trainable_parameters(model), lr=0.5)
+    x = torch.linspace(-2, 2, 160).view(2, 5, 16).sin()
+    for _ in range(3):
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    peftkern.save_adapter(model, path, latents=True)
+    onebit.export_bits(model, f"{path}.bin")
+    model.eval()
+    y = [model(x).detach()]
+    with torch.no_grad():
+        y.append(model(x))  # on the bits
+    torch.testing.assert_close(*y, rtol=1e-5, atol=1e-6)
+    return y[0]
+
+
+def trained_in_shards(rank, count, placement, units, path):
+    """Every process with the same data, in the place of one."""
+
+    def wrap(model):
+        for block in model if units else ():
+            fully_shard(block)
+        return fully_shard(model)
+
+    os.environ["PEFTKERN_STRICT"] = "0"
+    return trained(placement, path, wrap)

@@ -7,7 +7,8 @@ from importlib import import_module
 
 import pytest
 import torch
-from onebits import Block, Branch, Ops, blocks, config, pairs
+from distributed import in_processes
+from onebits import Block, Branch, Ops, blocks, config, pairs, trained, trained_in_shards
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -487,9 +488,22 @@ def test_blocks_are_chosen_by_name():
 def test_shards_are_refused_with_the_reason():
     layer = onebit.OneBitAdapter(16)
     layer.down.device_mesh = object()  # what tells a DTensor from a whole one
-    for what in (lambda: layer(x_of()), lambda: layer.weights(), lambda: layer.parts()):
-        with pytest.raises(ValueError, match="down must be whole, for its bits hang on the mean"):
-            what()
+    with pytest.raises(ValueError, match="must be whole, for their bits hang on the mean and the"):
+        layer(x_of())
+
+
+@pytest.mark.parametrize("units", [False, True], ids=["one unit", "a unit a block"])
+def test_shards_train_and_are_saved_as_what_is_whole(placement, units, tmp_path):
+    wanted = trained(placement, tmp_path / "alone")
+    found = in_processes(
+        2, trained_in_shards, tmp_path / "runs", placement, units, tmp_path / "two"
+    )
+    for y in found:
+        torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+    both = [peftkern.load_adapter(blocks(), tmp_path / name) for name in ("alone", "two")]
+    torch.testing.assert_close(*(m.eval()(x_of()) for m in both), rtol=1e-5, atol=1e-5)
+    sizes = {(tmp_path / f"{name}.bin").stat().st_size for name in ("alone", "two")}
+    assert len(sizes) == 1
 
 
 def test_a_report_and_explain_know_them(placement):
