@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftkern import _inputs
+from peftkern import _inputs, _sharded
 from peftkern._seen import Seen
 from peftkern.bottleneck.reference import ACTIVATIONS
 from peftkern.onebit import codes, reference
@@ -62,19 +62,13 @@ class Pair(nn.Module):
         statistics.join(self)
 
     def latents(self) -> list[Tensor]:
-        """`down` and `up`.
+        """`down` and `up`, whole or in shards.
 
         Raises:
             TypeError: the model's dtype was changed, and theirs with it.
-            ValueError: they are in shards.
         """
         found: list[Tensor] = [self.down, self.up]
         for name, latent in zip(("down", "up"), found, strict=True):
-            if hasattr(latent, "device_mesh"):
-                raise ValueError(
-                    f"{name} must be whole, for its bits hang on the mean and the std of all of "
-                    "it, got a shard of fully_shard"
-                )
             if latent.dtype != torch.float32:
                 raise TypeError(
                     f"{name} must be float32, in which small steps add up to a change of sign, got "
@@ -85,6 +79,11 @@ class Pair(nn.Module):
     def branch(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """residual + the branch of x, in one op; on the bits where nothing of it trains."""
         down, up = self.latents()
+        if _is_sharded(down) or _is_sharded(up):
+            raise ValueError(
+                "down and up must be whole, for their bits hang on the mean and the std of all of "
+                "each, got a shard of fully_shard, whose own module was not called"
+            )
         trains = torch.is_grad_enabled() and (down.requires_grad or up.requires_grad)
         if not (self.training or trains or torch.compiler.is_compiling()):
             return self._on_bits(x, residual)
@@ -110,14 +109,18 @@ class Pair(nn.Module):
     def weights(self) -> tuple[OneBitWeight, OneBitWeight]:
         """`down` and `up` as they are computed with and stored: bits, mean and std.
 
+        Of latents in shards every process of their mesh must ask at once.
+
         Raises:
-            ValueError: a latent is in shards, or not finite.
+            ValueError: a latent is not finite.
         """
         latents = self.latents()
         if self._kept is not None and self._kept[0].is_of(latents):
             return self._kept[1]
-        down, up = (codes.quantize(latent, self.bits) for latent in latents)
-        if not any(latent.is_inference() for latent in latents):  # of which no change is seen
+        with torch.inference_mode(False):  # whose tensors no later gradient could pass
+            down, up = (codes.quantize(_sharded.whole(w.detach()), self.bits) for w in latents)
+        # Of these no change is seen.
+        if not any(latent.is_inference() or _is_sharded(latent) for latent in latents):
             self._kept = Seen(latents), (down, up)
         return down, up
 
@@ -132,9 +135,9 @@ class Pair(nn.Module):
         own = self.latents()
         found = latents or [_latent(weight) for weight in weights]
         for latent, value in zip(own, found, strict=True):
-            latent.copy_(value)
+            _sharded.fill(latent, value.to(latent.device))
         down, up = (w.to(latent.device) for w, latent in zip(weights, own, strict=True))
-        self._kept = Seen(own), (down, up)
+        self._kept = None if any(map(_is_sharded, own)) else (Seen(own), (down, up))
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Down and Up as the kernels use them, float32: scale * Up Down is what merging adds."""
@@ -152,6 +155,10 @@ class Pair(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.statistics is not None:
             self.statistics.join(self)
+
+
+def _is_sharded(latent: Tensor) -> bool:
+    return hasattr(latent, "device_mesh")
 
 
 def _empty(rows: int, columns: int, device: torch.device | str | None) -> Tensor:

@@ -48,9 +48,13 @@ def export_bits(
     Raises:
         ValueError: the model has no 1-bit adapter, or a latent that is not finite.
     """
-    data = [_flat(weight) for layer in _pairs(model) for weight in layer.weights()]
-    data += [_floats(tensor) for tensor in _parameters(head)]
-    _folder.replace(Path(path), b"".join(data))
+    layers = _pairs(model)
+    _sharded.settle(model)
+    data = [_flat(weight) for layer in layers for weight in layer.weights()]
+    data += [_floats(_sharded.whole(tensor)) for tensor in _parameters(head)]
+    with _sharded.first_process(model.parameters()) as first:
+        if first:
+            _folder.replace(Path(path), b"".join(data))
 
 
 def import_bits(model: Model, path: str | os.PathLike[str], head: nn.Module | None = None) -> Model:
@@ -73,6 +77,7 @@ def import_bits(model: Model, path: str | os.PathLike[str], head: nn.Module | No
             finite.
     """
     layers, data = _pairs(model), Path(path).read_bytes()
+    _sharded.settle(model)
     shapes = [(m.shape, layer.bits) for layer in layers for m in layer.latents()]
     weights, rest = _parsed(data, shapes, [p.numel() for p in _parameters(head)])
     found = iter(weights)
@@ -153,5 +158,5 @@ def _parsed(
 def _known_reason(excess: int, shapes: list[tuple[Sequence[int], int]]) -> str:
     dropped = sum(bool(s[0] * s[1] * bits % 8) for s, bits in shapes)
     if dropped and excess == -dropped:
-        return ": the published code has dropped the last codes of some"
+        return ": the published code has dropped the last codes of some, perhaps"
     return ": a head follows the matrices, perhaps" if excess > 0 and excess % 4 == 0 else ""
