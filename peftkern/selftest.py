@@ -15,11 +15,12 @@ import torch
 
 from peftkern import _native
 from peftkern._verdict import Case, Verdict
+from peftkern.bottleneck.cases import cases as bottleneck_cases
 from peftkern.info import info
 from peftkern.qlora.cases import cases as qlora_cases
 
 # A family adds its own here: from a device to its cases.
-FAMILIES: tuple[Callable[[torch.device], Iterator[Case]], ...] = (qlora_cases,)
+FAMILIES: tuple[Callable[[torch.device], Iterator[Case]], ...] = (qlora_cases, bottleneck_cases)
 
 
 @dataclass(frozen=True)
