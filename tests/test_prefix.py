@@ -128,25 +128,25 @@ def test_gradients_reach_keys_values_and_what_attends():
     assert torch.autograd.gradcheck(attended, (*tensors, *module.prefix.parameters()))
 
 
-def test_a_folded_prefix_is_what_its_trunk_has_made():
+def test_a_prefix_with_a_trunk_is_saved_as_what_the_trunk_makes():
     like = torch.zeros(0, dtype=torch.float64)
-    torch.manual_seed(0)
     prefix = Prefix(Heads(2, 4, 6), 5, like, Trunk(5, 8, 7, like))
+    torch.manual_seed(0)
     with torch.no_grad():
         for parameter in prefix.parameters():
             parameter.normal_()
-    trunk, hidden = prefix.trunk, prefix.trunk()
-    expected = torch.tanh(trunk.embedding @ trunk.down.t() + trunk.bias)
-    assert torch.equal(hidden, expected) or torch.allclose(hidden, expected, atol=1e-15)
-    flat = (hidden @ prefix.up.t() + prefix.bias).detach()
-    keys, values = (part.detach().clone() for part in prefix.made())
-    torch.testing.assert_close(keys[1, 2], flat[2, 4:8], atol=1e-14, rtol=0)
-    torch.testing.assert_close(values[1, 2], flat[2, 14:20], atol=1e-14, rtol=0)
-    prefix.fold()
-    assert {name for name, _ in prefix.named_parameters()} == {"keys", "values"}
-    assert all(map(torch.equal, prefix.made(), (keys, values)))
-    prefix.fold()  # there is nothing left to do
-    assert torch.equal(prefix.keys, keys)
+    trunk = prefix.trunk
+    hidden = torch.tanh(trunk.embedding @ trunk.down.t() + trunk.bias)
+    flat, parts = (hidden @ prefix.up.t() + prefix.bias).detach(), prefix.parts()
+    for head in range(2):
+        keys, values = flat[:, 4 * head : 4 * head + 4], flat[:, 8 + 6 * head : 14 + 6 * head]
+        torch.testing.assert_close(parts["keys"][head], keys, atol=1e-14, rtol=0)
+        torch.testing.assert_close(parts["values"][head], values, atol=1e-14, rtol=0)
+    assert prefix.wanted() == {"keys": ([2, 5, 4], True), "values": ([2, 5, 6], True)}
+    saved = Prefix(Heads(2, 4, 6), 5, like)
+    with torch.no_grad():
+        saved.fill(parts)
+    assert all(map(torch.equal, saved.made(), prefix.made()))
 
 
 def test_copies_and_pickles_keep_the_config_of_their_own_model():

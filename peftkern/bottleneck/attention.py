@@ -113,9 +113,10 @@ def put(module: nn.Module, prefix: Prefix) -> None:
 
 
 def take_out(module: nn.Module) -> None:
-    """The reverse of `put`."""
-    vars(module)["config"] = vars(module)["config"].own
-    del module._modules["prefix"]
+    """The reverse of `put`, where that has happened."""
+    config = vars(module)["config"]
+    vars(module)["config"] = config.own if isinstance(config, PrefixedConfig) else config
+    module._modules.pop("prefix", None)
 
 
 def attend(

@@ -10,10 +10,13 @@ of Parameter-Efficient Transfer Learning, 2022).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from peftkern import _family, _sharded
+from peftkern._family import Config, Explained, Parts, Wanted
 
 DEVIATION = 0.02  # of the normal distribution that every weight starts from
 
@@ -46,7 +49,7 @@ class Trunk(nn.Module):
         return torch.tanh(nn.functional.linear(self.embedding, self.down, self.bias))
 
 
-class Prefix(nn.Module):
+class Prefix(_family.Adapter):
     """Keys and values of one attention, in front of those that its input gives.
 
     Li and Liang (Prefix-Tuning, 2021), for one layer. The keys take no rotation, as they stand at
@@ -56,37 +59,47 @@ class Prefix(nn.Module):
 
         [keys, values] = tanh(E down^T + bias_down) up^T + bias
 
-    is made at every call, which trains more evenly and is worth nothing after: `fold` leaves the
-    keys and values alone.
+    is made at every call: what trains is another thing, what it comes to, and what is saved, not.
 
     Args:
         heads: of the attention; with grouped queries those of its keys.
         length: keys and values a head; 0 leaves the attention as it is.
         like: whose device the parameters start on, at least in float32, as small steps ask.
-        trunk: what they are made of, shared with other layers; None for parameters of their own.
+        trunk: what they are made of; None for parameters of their own.
+        shared: whether the trunk is another prefix's child, and not this one's.
 
     Shape:
         key `[batch, heads, tokens, key]`, value `[batch, heads, tokens, value]` -> the same with
         `length + tokens`, in their dtype.
     """
 
-    keys: nn.Parameter | None
-    values: nn.Parameter | None
+    method = "prefix"
+    trunk: Trunk | None
 
-    def __init__(self, heads: Heads, length: int, like: Tensor, trunk: Trunk | None = None) -> None:
+    def __init__(
+        self,
+        heads: Heads,
+        length: int,
+        like: Tensor,
+        trunk: Trunk | None = None,
+        shared: bool = False,
+    ) -> None:
         super().__init__()
-        self.heads, self.length, self.trunk = heads, length, trunk
+        self.heads, self.length = heads, length
+        if shared:
+            vars(self)["trunk"] = trunk
+        else:
+            self.trunk = trunk
         if trunk is None:
             self.keys = _drawn(like, heads.number, length, heads.key)
             self.values = _drawn(like, heads.number, length, heads.value)
         else:
             self.up = _drawn(like, heads.number * (heads.key + heads.value), len(trunk.down))
-            self.bias = nn.Parameter(self.up.new_zeros(len(self.up)))
+            self.bias = nn.Parameter(torch.zeros_like(self.up[:, 0]))
 
     def made(self) -> tuple[Tensor, Tensor]:
         """The keys and values as they are now."""
         if self.trunk is None:
-            assert self.keys is not None and self.values is not None
             return self.keys, self.values
         number, key, value = self.heads
         made = nn.functional.linear(self.trunk(), self.up, self.bias)
@@ -100,15 +113,38 @@ class Prefix(nn.Module):
         keys, values = self.made()
         return _in_front(keys, key), _in_front(values, value)
 
-    @torch.no_grad()
-    def fold(self) -> None:
-        """Keeps the keys and values as they are now, and lets go of what they were made of."""
-        if self.trunk is None:
-            return
-        keys, values = (part.contiguous() for part in self.made())
-        self.trunk = None
-        del self.up, self.bias
-        self.keys, self.values = nn.Parameter(keys), nn.Parameter(values)
+    def parts(self) -> Parts:
+        keys, values = (part.detach().contiguous() for part in self.made())
+        return {"keys": keys, "values": values}
+
+    def fill(self, parts: Parts) -> None:
+        for part, stored in zip(self.made(), (parts["keys"], parts["values"]), strict=True):
+            _sharded.fill(part, stored)
+
+    def wanted(self) -> Wanted:
+        number, key, value = self.heads
+        keys, values = ([number, self.length, width] for width in (key, value))
+        return {"keys": (keys, True), "values": (values, True)}
+
+    def fields(self) -> dict[str, Any]:
+        return {"length": self.length}
+
+    def misfit(self, config: Config) -> str | None:
+        if self.trunk is not None:
+            return "an MLP makes its keys and values here, which a file cannot tell"
+        return super().misfit(config)
+
+    def merge_obstacle(self) -> str | None:
+        return "keys and values are part of no weight"
+
+    def explained(self) -> Explained:
+        number, key, value = self.heads
+        return Explained(
+            title=f"prefix of {self.length} keys and values in {number} heads",
+            device=next(self.parameters()).device.type,
+            runs="transformers' own attention function, with the prefix in front of what it is given",
+            ops={},
+        )
 
     def extra_repr(self) -> str:
         return f"length={self.length}, heads={tuple(self.heads)}"
