@@ -96,25 +96,24 @@ class Latents {
   // statistics [n, 2], in the type of the sums.
   void measure(void* statistics) const {
     std::vector<double> sums(static_cast<size_t>(2 * first_.back()));
-    for (const bool squares : {false, true}) {
-      for_each_part([&](size_t m, int64_t begin, int64_t end) {
-        with(m, [&](const auto& typed, auto* type) {
-          using A = SumOf<std::remove_pointer_t<decltype(type)>>;
-          const A mean = squares ? static_cast<const A*>(statistics)[2 * m] : 0;
-          typed.sums(data<decltype(type)>(m), count(m), mean, squares, begin, end,
-                     sums.data() + 2 * first_[m]);
-        });
+    const auto add = [&](bool squares, size_t m, int64_t begin, int64_t end) {
+      with(m, [&](const auto& typed, auto* type) {
+        using A = SumOf<std::remove_pointer_t<decltype(type)>>;
+        const A mean = squares ? static_cast<const A*>(statistics)[2 * m] : 0;
+        typed.sums(data<decltype(type)>(m), count(m), mean, squares, begin, end,
+                   sums.data() + 2 * first_[m]);
       });
-      for (size_t m = 0; m < weights_.size(); ++m) {
-        const double n = static_cast<double>(std::max<int64_t>(count(m), 1));
-        with(m, [&](const auto&, auto* type) {
-          using A = SumOf<std::remove_pointer_t<decltype(type)>>;
-          A* to = static_cast<A*>(statistics) + 2 * m;
-          if (!squares) to[0] = static_cast<A>(total(sums, m, 0) / n);
-          if (squares) to[1] = spread(to[0], total(sums, m, 0), total(sums, m, 1), n);
-        });
-      }
-    }
+    };
+    const auto finish = [&](bool squares, size_t m) {
+      const double n = static_cast<double>(std::max<int64_t>(count(m), 1));
+      with(m, [&](const auto&, auto* type) {
+        using A = SumOf<std::remove_pointer_t<decltype(type)>>;
+        A* to = static_cast<A*>(statistics) + 2 * m;
+        if (!squares) to[0] = static_cast<A>(total(sums, m, 0) / n);
+        if (squares) to[1] = spread(to[0], total(sums, m, 0), total(sums, m, 1), n);
+      });
+    };
+    in_two_passes(add, finish);
   }
 
   // W of each into memory of its dtype.
@@ -132,29 +131,53 @@ class Latents {
   // those that have one.
   void slope(const std::vector<const void*>& grads, const std::vector<void*>& out) const {
     std::vector<double> sums(static_cast<size_t>(2 * first_.back()));
-    for (const bool summed : {false, true}) {
-      for_each_part([&](size_t m, int64_t begin, int64_t end) {
-        if (!grads[m]) return;
-        with(m, [&](const auto& typed, auto* type) {
-          using A = SumOf<std::remove_pointer_t<decltype(type)>>;
-          const auto* weight = data<decltype(type)>(m);
-          const auto* grad = static_cast<const A*>(grads[m]);
-          const Quantizer<A> by = quantizer(row<A>(m), bits_);
-          Slopes<A> at = slopes(row<A>(m), bits_);
-          if (!summed) {
-            typed.slope_sums(grad, weight, by, at, count(m), begin, end,
-                             sums.data() + 2 * first_[m]);
-            return;
-          }
-          take_sums(at, row<A>(m), total(sums, m, 0), total(sums, m, 1), count(m));
-          typed.slope(grad, weight, by, at, begin * kPiece, std::min(end * kPiece, count(m)),
-                      static_cast<decltype(type)>(out[m]));
-        });
-      });
-    }
+    in_two_passes(
+        [&](bool summed, size_t m, int64_t begin, int64_t end) {
+          if (!grads[m]) return;
+          with(m, [&](const auto& typed, auto* type) {
+            using A = SumOf<std::remove_pointer_t<decltype(type)>>;
+            const auto* weight = data<decltype(type)>(m);
+            const auto* grad = static_cast<const A*>(grads[m]);
+            const Quantizer<A> by = quantizer(row<A>(m), bits_);
+            Slopes<A> at = slopes(row<A>(m), bits_);
+            if (!summed) {
+              typed.slope_sums(grad, weight, by, at, count(m), begin, end,
+                               sums.data() + 2 * first_[m]);
+              return;
+            }
+            take_sums(at, row<A>(m), total(sums, m, 0), total(sums, m, 1), count(m));
+            typed.slope(grad, weight, by, at, begin * kPiece, std::min(end * kPiece, count(m)),
+                        static_cast<decltype(type)>(out[m]));
+          });
+        },
+        [](bool, size_t) {});
   }
 
  private:
+  // f(second pass, matrix, first piece, last), and after each pass over a matrix g(second, matrix).
+  // Of many, a thread has whole ones, and both passes over one follow each other: the second finds
+  // it in a core's cache.
+  template <typename Function, typename Finish>
+  void in_two_passes(const Function& f, const Finish& g) const {
+    constexpr size_t kMany = 16;
+    const auto count = static_cast<int64_t>(weights_.size());
+    if (weights_.size() >= kMany) {
+      parallel(count, first_.back() / count * kPiece, [&](int64_t begin, int64_t end) {
+        for (auto m = static_cast<size_t>(begin); m < static_cast<size_t>(end); ++m) {
+          for (const bool second : {false, true}) {
+            f(second, m, int64_t{0}, first_[m + 1] - first_[m]);
+            g(second, m);
+          }
+        }
+      });
+      return;
+    }
+    for (const bool second : {false, true}) {
+      for_each_part([&](size_t m, int64_t begin, int64_t end) { f(second, m, begin, end); });
+      for (size_t m = 0; m < weights_.size(); ++m) g(second, m);
+    }
+  }
+
   // f(matrix, first piece, last) for parts of matrices, in parallel.
   template <typename Function>
   void for_each_part(const Function& f) const {
