@@ -92,7 +92,7 @@ def trained(placement, path, wrap=None):
     peftkern.adapt(model, config(placement))
     wrap = wrap or (lambda model: model)
     model = wrap(model)
-    optimizer = torch.optim.SGD(peftkern.trainable_parameters(model), lr=0.5)
+    optimizer = torch.optim.SGD(peftkern.trainable_parameters(model), lr=0.02)
     x = torch.linspace(-2, 2, 160).view(2, 5, 16).sin()
     for _ in range(3):
         (model(x) - 1).square().mean().backward()
@@ -100,12 +100,18 @@ def trained(placement, path, wrap=None):
         optimizer.zero_grad()
     peftkern.save_adapter(model, path, latents=True)
     onebit.export_bits(model, f"{path}.bin")
-    model.eval()
-    y = [model(x).detach()]
+    found = on_both_ways(model.eval(), x)
+    model.load_state_dict({name: -value for name, value in model.state_dict().items()})
+    assert not torch.equal(on_both_ways(model, x), found)
+    return found
+
+
+def on_both_ways(model, x):
+    """What the model gives by its latents, and the same on the bits."""
+    y = model(x).detach()
     with torch.no_grad():
-        y.append(model(x))  # on the bits
-    torch.testing.assert_close(*y, rtol=1e-5, atol=1e-6)
-    return y[0]
+        torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-6)
+    return y
 
 
 def trained_in_shards(rank, count, placement, units, path):

@@ -119,8 +119,7 @@ class Pair(nn.Module):
             return self._kept[1]
         with torch.inference_mode(False):  # whose tensors no later gradient could pass
             down, up = (codes.quantize(_sharded.whole(w.detach()), self.bits) for w in latents)
-        # Of these no change is seen.
-        if not any(latent.is_inference() or _is_sharded(latent) for latent in latents):
+        if not any(latent.is_inference() for latent in latents):  # of which no change is seen
             self._kept = Seen(latents), (down, up)
         return down, up
 
@@ -137,7 +136,7 @@ class Pair(nn.Module):
         for latent, value in zip(own, found, strict=True):
             _sharded.fill(latent, value.to(latent.device))
         down, up = (w.to(latent.device) for w, latent in zip(weights, own, strict=True))
-        self._kept = None if any(map(_is_sharded, own)) else (Seen(own), (down, up))
+        self._kept = Seen(own), (down, up)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Down and Up as the kernels use them, float32: scale * Up Down is what merging adds."""
@@ -149,7 +148,7 @@ class Pair(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._kept = None
+        self._kept = None  # of shards that are loaded, what calls compute with shows nothing
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -168,16 +167,14 @@ def _empty(rows: int, columns: int, device: torch.device | str | None) -> Tensor
 def _latent(weight: OneBitWeight) -> Tensor:
     """One value a level, such that the mean and the std of all are the weight's.
 
-    Where other levels come out of that, for codes that no normal distribution gives, W itself.
+    Of 2 and 4 bits, codes that are far from those of a normal distribution come out changed.
     """
     mean, std = weight.mean.double(), weight.std.double()
     levels = mean.new_tensor(reference.levels(weight.bits))
     spread = levels[codes.unpack(weight.packed, weight.bits, weight.shape[1]).long()]
     spread = spread - spread.mean()
     size = spread.square().sum().div(max(spread.numel() - 1, 1)).sqrt()
-    latent = (mean + std * spread / size.clamp(min=torch.finfo(size.dtype).tiny)).float()
-    again = codes.quantize(latent, weight.bits)
-    return latent if torch.equal(again.packed, weight.packed) else codes.dequantize(weight)
+    return (mean + std * spread / size.clamp(min=torch.finfo(size.dtype).tiny)).float()
 
 
 def connect(model: nn.Module) -> None:

@@ -22,9 +22,9 @@ class Member(Protocol):
 class Statistics:
     """What the first of its layers to be called computes for all: one op a step, not one a layer.
 
-    Each layer is given its rows once. Asked again, as in the next step, all are computed anew, so
-    that no optimiser can change a latent unnoticed, though it writes past torch's counters; rows of
-    a latent whose counter has moved are computed anew as well.
+    Each layer is given its rows once. Asked again, as in the next step, all are computed anew: an
+    optimiser that writes past torch's counters is noticed so. Rows that a layer has not asked for,
+    having been left out of a step, it is given later where no counter of its latents has moved.
 
     Copies and pickles have no members: a layer that is copied joins the copy of its statistics.
     """
