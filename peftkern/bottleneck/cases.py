@@ -47,7 +47,7 @@ def _gradients(
     """y and the gradient of every operand."""
     leaves = [t.detach().requires_grad_() for t in operands]
     x, down, up, bias_down, bias_up, scale, *rest = leaves
-    options = {"residual": x, "norm": Norm(*rest)} if normed else {"residual": rest[0]}
+    options = {"residual": x, "norm": Norm(rest[0], rest[1])} if normed else {"residual": rest[0]}
     y = linear(x, down, up, bias_down, bias_up, scale, **options)
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
