@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -104,6 +105,7 @@ class BottleneckAdapter(AttachedAdapter):
         """A scale that does not train; one that does is a part."""
         if not isinstance(self.scale, nn.Parameter):
             self.scale = config.scale
+            self.config = replace(self.config, scale=config.scale)
 
     def explained(self) -> Explained:
         dtype = str(self.down.dtype).removeprefix("torch.")
