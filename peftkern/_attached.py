@@ -12,9 +12,10 @@ no module together: between `fc1` and `fc2` of a block that calls both itself.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,12 @@ _subclasses: dict[tuple[type, type], type[nn.Module]] = {}
 class Attached(nn.Module):
     """What all of them are; a subclass of it and of the module's class replaces the latter."""
 
+    input_name: ClassVar[str | None] = None  # of the first parameter that forward had
+
+    def input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What a call of it is given first."""
+        return first(args, kwargs, self.input_name)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         return (_new, (_recipe(type(self)),), *reduced[2:])
@@ -39,7 +46,7 @@ class Adding(Attached):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = super().forward(*args, **kwargs)
         adapter: Any = self._modules["adapter"]
-        x = first(args, kwargs) if adapter.carried is None else adapter.carried.take()
+        x = self.input(args, kwargs) if adapter.carried is None else adapter.carried.take()
         if isinstance(out, Tensor):
             return adapter.add(x, out)
         if not isinstance(out, (tuple, list)) or not isinstance(out[0], Tensor):
@@ -55,7 +62,7 @@ class Reading(Attached):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for carried in self.carries:
-            carried.x = first(args, kwargs)
+            carried.x = self.input(args, kwargs)
         return super().forward(*args, **kwargs)
 
 
@@ -81,9 +88,9 @@ class Carried:
         return x
 
 
-def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """A call's input: the first tensor that it is given."""
-    for value in args:
+def first(args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None) -> Tensor:
+    """A call's input: what `forward` calls `name` first, or the first tensor that it is given."""
+    for value in (*args, kwargs.get(name) if name else None):
         if isinstance(value, Tensor):
             return value
     for value in kwargs.values():
@@ -102,6 +109,8 @@ def subclass(kind: type[Attached], parent: type[nn.Module]) -> type[nn.Module]:
     if (kind, parent) not in _subclasses:
         names = ("__module__", "__qualname__", "__doc__")
         body = {name: getattr(parent, name) for name in names}
+        _, *parameters = inspect.signature(original(parent).forward).parameters
+        body["input_name"] = parameters[0] if parameters else None
         _subclasses[kind, parent] = type(parent.__name__, (kind, parent), body)
     return _subclasses[kind, parent]
 
@@ -133,6 +142,24 @@ class AttachedAdapter(_family.Adapter):
     """The child: `add` gets what the module's own forward has given."""
 
     carried: Carried | None = None  # where x comes from another module than the one that it adds to
+
+    def reset_parameters(self) -> None:
+        """Has them start anew, by functions of `torch.nn.init` alone; then `add` gives y."""
+        raise NotImplementedError
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        return bool(vars(self).get("_marked", False))
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, marked: bool) -> None:
+        """Set by `from_pretrained` of a class that adapts itself, once it has filled in what the
+        checkpoint lacks: our parameters with whatever was in memory, linears inside at random.
+        """
+        vars(self)["_marked"] = marked
+        parameters = list(self.parameters())
+        if marked and not all(getattr(p, "_is_hf_initialized", False) for p in parameters):
+            self.reset_parameters()
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """y and the adapter's part, in y's shape and dtype.

@@ -69,7 +69,7 @@ class Adapter(nn.Module):
         """Whether it is in a weight, so that it can neither train nor load."""
         return False
 
-    def adapter(self) -> list[nn.Parameter]:
+    def trained(self) -> list[nn.Parameter]:
         """The parameters that train."""
         return list(self.parameters())
 

@@ -172,7 +172,7 @@ def _freeze(model: nn.Module) -> None:
     kept: set[int] = set()
     for module in model.modules():
         if isinstance(module, Adapter):
-            kept |= {id(p) for p in module.adapter()}
+            kept |= {id(p) for p in module.trained()}
         elif _select.is_a(module, "peft", "BaseTunerLayer"):
             kept |= {id(p) for p in module.parameters()}
     for parameter in model.parameters():

@@ -44,7 +44,7 @@ class LoraAdapter(LinearAdapter):
     def rescale(self, config: LoraConfig) -> None:
         raise NotImplementedError
 
-    def adapter(self) -> list[nn.Parameter]:
+    def trained(self) -> list[nn.Parameter]:
         """The parameters that are not the frozen base's."""
         names = ("lora_", "bias") if self.trains_bias else ("lora_",)
         return [p for name, p in self.named_parameters() if name.startswith(names)]

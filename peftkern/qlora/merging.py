@@ -266,7 +266,7 @@ def give_back(name: str, layer: LinearAdapter) -> None:
 
 def refuse_training(layer: LinearAdapter) -> None:
     """Raises rather than let a step train nothing."""
-    trains = any(parameter.requires_grad for parameter in layer.adapter())
+    trains = any(parameter.requires_grad for parameter in layer.trained())
     if layer.training and trains and torch.is_grad_enabled():
         raise RuntimeError(
             "layer must be unmerged to train, got a merged one in training mode: unmerge it, call "
