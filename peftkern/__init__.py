@@ -2,6 +2,7 @@
 
 from peftkern import bottleneck, qlora
 from peftkern.adapt import Skipped, adapt, trainable_parameters
+from peftkern.bottleneck import BottleneckAdapter, BottleneckConfig
 from peftkern.corda import corda
 from peftkern.explain import explain
 from peftkern.files import adapter_state_dict, load_adapter, save_adapter
@@ -12,6 +13,8 @@ from peftkern.qlora import LoraConfig, QLoRALinear
 from peftkern.report import Report, Row, report
 
 __all__ = [
+    "BottleneckAdapter",
+    "BottleneckConfig",
     "Info",
     "LoraConfig",
     "QLoRALinear",

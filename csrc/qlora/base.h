@@ -1,6 +1,7 @@
 // The frozen weight as the binding meets it: its tensors, checked, and panels of it to multiply by.
 #pragma once
-#include "qlora/convert.h"
+#include "common/convert.h"
+#include "qlora/qlora.h"
 
 namespace peftkern::qlora {
 
@@ -88,7 +89,7 @@ class Base {
       convert(dense_part(expert, row_begin, row_end, column_begin, column_end), out);
       return out;
     }
-    with_kernels(dtype, [&](const auto& typed, auto* type) {
+    with_kernels(kernels(), dtype, [&](const auto& typed, auto* type) {
       auto* to = static_cast<decltype(type)>(memory);
       parallel(height, width, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {

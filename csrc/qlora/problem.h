@@ -1,8 +1,7 @@
 // One call of linear or of its gradient, as the binding sees it: the operands, checked, and which
 // rows of x belong to which expert and which adapter.
 #pragma once
-#include <cmath>
-
+#include "common/dropout.h"
 #include "qlora/base.h"
 
 namespace peftkern::qlora {
@@ -10,25 +9,6 @@ namespace peftkern::qlora {
 // Rows [begin, end) of x that share an expert and an adapter; adapter -1 is none.
 struct Run {
   int64_t begin, end, expert, adapter;
-};
-
-struct Dropout {
-  double p = 0;
-  uint64_t seed = 0;
-
-  // D(x), in place, of a part of a matrix whose rows have `width` elements; the part starts at this
-  // row and column, and an element's place in the whole decides whether it is kept.
-  void apply(const Matrix& x, int64_t row, int64_t column, int64_t width) const {
-    if (p == 0) return;
-    const auto threshold = static_cast<uint64_t>(std::llround(std::ldexp(p, 32)));
-    const double factor = p < 1 ? 1 / (1 - p) : 0;
-    with_kernels(x.dtype, [&](const auto& typed, auto* type) {
-      for (int64_t i = 0; i < x.rows; ++i) {
-        auto* at = static_cast<decltype(type)>(x.at(i, 0));
-        typed.dropout(at, x.columns, seed, threshold, factor, (row + i) * width + column, at);
-      }
-    });
-  }
 };
 
 struct Problem {
@@ -67,12 +47,7 @@ struct Problem {
       check_count(*lora_a, "lora_a", adapters * rank * base.columns);
       check_count(*lora_b, "lora_b", adapters * rank * base.rows);
     }
-    if (p > 0 && lora_a) {
-      STD_TORCH_CHECK(seed && p <= 1, "dropout must be at most 1 and come with a seed");
-      check_count(*seed, "seed", 1);
-      check_dtype(*seed, "seed", ScalarType::Long);
-      dropout = {p, static_cast<uint64_t>(*seed->const_data_ptr<int64_t>())};
-    }
+    if (lora_a) dropout = Dropout(p, seed);
     find_runs(offsets, adapter);
   }
 

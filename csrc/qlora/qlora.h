@@ -58,39 +58,6 @@ struct FewRows {
   int64_t inputs, rank;  // inputs: at least 1
 };
 
-// out[i, c] = scale * sum_j x(i, j) p[j, c], on top of what is there where `add`; x in any layout,
-// in order of j. The small products of the low-rank term: ours, since the library splits their sums
-// among its threads, and their bits with them.
-template <typename T>
-struct Product {
-  const T* x;
-  int64_t x_row, x_column;
-  const T* p;
-  int64_t p_row;
-  T* out;
-  int64_t out_row;
-  int64_t rows, depth, columns;
-  T scale;
-  bool add;
-};
-
-// out[i, j] = sum_k x[i, k] a[j, k]
-template <typename T>
-struct Dots {
-  const T* x;
-  int64_t x_row;
-  const T* a;
-  T* out;
-  int64_t out_row;
-  int64_t rows, rank, columns;
-};
-
-template <typename T>
-struct SumKernels {
-  void (*product)(const Product<T>& io);
-  void (*dots)(const Dots<T>& io);
-};
-
 template <typename T>
 struct TypedKernels {
   // Codes and scales of blocks [block_begin, block_end) of `weight` [count].
@@ -103,12 +70,6 @@ struct TypedKernels {
   // out[i - begin] = W[i], flat, for i in [begin, end). `past_caches`: what nobody reads soon, and
   // so need not be read before it is written either.
   void (*dequantize)(const Weight& weight, int64_t begin, int64_t end, bool past_caches, T* out);
-  // out[i] = keep(seed, begin + i) ? x[i] * factor : 0; keeps where the element's Philox word is at
-  // least `threshold`, so 2^32 keeps nothing. In place where out is x.
-  void (*dropout)(const T* x, int64_t count, uint64_t seed, uint64_t threshold, double factor,
-                  int64_t begin, T* out);
-  void (*to_float)(const T* from, int64_t count, float* to);
-  void (*from_float)(const float* from, int64_t count, T* to);
 };
 
 // The ways of few rows of x in one dtype to meet W without a panel of it in memory.
@@ -134,8 +95,6 @@ struct Kernels {
   TypedKernels<peftkern::fp16> fp16;
   FewRowsKernels rows_f32;
   FewRowsKernels rows_bf16;  // none, but where the CPU has a matrix unit; no few_rows then either
-  SumKernels<float> sums_f32;
-  SumKernels<double> sums_f64;
 };
 
 PEFTKERN_DECLARE(Kernels, kernels)

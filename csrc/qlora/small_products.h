@@ -1,36 +1,11 @@
 // The low-rank term's products over whole matrices, tile by tile; part of the binding.
 #pragma once
+#include "common/products.h"
 #include "qlora/problem.h"
 
 namespace peftkern::qlora {
 
 inline constexpr int64_t kTileRows = 64, kTileColumns = 256;
-
-// Calls f(kernels, typed null pointer) of the sums' dtype.
-template <typename Function>
-void with_sums(ScalarType sums, const Function& f) {
-  if (sums == ScalarType::Double) return f(kernels().sums_f64, static_cast<double*>(nullptr));
-  f(kernels().sums_f32, static_cast<float*>(nullptr));
-}
-
-// out = scale * x p, or on top of it. All of the sums' dtype; x may be transposed.
-inline void product(const Matrix& out, const Matrix& x, const Matrix& p, double scale, bool add) {
-  with_sums(out.dtype, [&](const auto& typed, auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    typed.product({static_cast<const T*>(x.at(0, 0)), x.row_stride, x.column_stride,
-                   static_cast<const T*>(p.at(0, 0)), p.row_stride, static_cast<T*>(out.at(0, 0)),
-                   out.row_stride, x.rows, x.columns, p.columns, static_cast<T>(scale), add});
-  });
-}
-
-// out = x a^T, all of the sums' dtype.
-inline void dots(const Matrix& out, const Matrix& x, const Matrix& a) {
-  with_sums(out.dtype, [&](const auto& typed, auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    typed.dots({static_cast<const T*>(x.at(0, 0)), x.row_stride, static_cast<const T*>(a.at(0, 0)),
-                static_cast<T*>(out.at(0, 0)), out.row_stride, x.rows, a.rows, x.columns});
-  });
-}
 
 // Calls f(tile of `from` in the sums' dtype, its first row) for rows [begin, end), in parallel.
 template <typename Function>

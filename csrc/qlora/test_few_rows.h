@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "common/kernels.h"
 #include "common/testing.h"
 #include "qlora/test_weights.h"
 
@@ -87,7 +88,7 @@ inline void tiles_are_the_product_with_nibbles_and_bytes() {
 
 inline std::vector<float> floats(const std::vector<peftkern::bf16>& from) {
   std::vector<float> to(from.size());
-  kernels().bf16.to_float(from.data(), static_cast<int64_t>(from.size()), to.data());
+  shared_kernels().bf16.to_float(from.data(), static_cast<int64_t>(from.size()), to.data());
   return to;
 }
 
@@ -106,7 +107,7 @@ inline void bf16_rows_are_the_product_with_the_weight_in_bf16() {
       for (int64_t inputs : {1, 2, 16, 17, 33, 64, 65, 130}) {
         const std::vector<float> numbers_of_x = numbers(inputs * columns, 2);
         std::vector<peftkern::bf16> x(numbers_of_x.size());
-        kernels().bf16.from_float(numbers_of_x.data(), inputs * columns, x.data());
+        shared_kernels().bf16.from_float(numbers_of_x.data(), inputs * columns, x.data());
         is_the_product(by, by.tiles, q.weight, x, floats(x), floats(w), inputs, 2e-6);
       }
     }

@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "common/testing.h"
 #include "qlora/qlora.h"
 
 namespace peftkern::qlora {
@@ -12,16 +13,6 @@ inline constexpr uint8_t kInOrder[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 1
 inline std::vector<float> midpoints() {
   std::vector<float> out(15);
   for (int i = 0; i < 15; ++i) out[i] = (kCodebook[i] + kCodebook[i + 1]) / 2 / 8;
-  return out;
-}
-
-// Numbers without a pattern, the same on every machine.
-inline std::vector<float> numbers(int64_t count, uint32_t state = 1) {
-  std::vector<float> out(static_cast<size_t>(count));
-  for (float& x : out) {
-    state = state * 1664525u + 1013904223u;
-    x = static_cast<float>(static_cast<int32_t>(state)) / 2147483648.0f;
-  }
   return out;
 }
 

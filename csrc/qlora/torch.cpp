@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor> quantize_blocks(const Tensor& weight, const std::vect
   Tensor absmax = empty({blocks}, ScalarType::Float);
   ask_for_huge_pages(packed.mutable_data_ptr(), packed.numel());
   const Rounding rounding{tables[0].const_data_ptr<float>(), tables[1].const_data_ptr<uint8_t>()};
-  with_kernels(weight.scalar_type(), [&](const auto& typed, auto* type) {
+  with_kernels(kernels(), weight.scalar_type(), [&](const auto& typed, auto* type) {
     const auto* from = static_cast<decltype(type)>(const_cast<void*>(weight.const_data_ptr()));
     uint8_t* to = packed.mutable_data_ptr<uint8_t>();
     float* scales = absmax.mutable_data_ptr<float>();
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& weight) {
   const std::vector<int64_t> leading(shape.begin(), shape.end() - 1);
   Tensor packed = empty(shape, ScalarType::Char);
   Tensor absmax = empty(leading, ScalarType::Float);
-  with_kernels(weight.scalar_type(), [&](const auto& typed, auto* type) {
+  with_kernels(kernels(), weight.scalar_type(), [&](const auto& typed, auto* type) {
     const auto* from = static_cast<decltype(type)>(const_cast<void*>(weight.const_data_ptr()));
     int8_t* to = packed.mutable_data_ptr<int8_t>();
     float* scales = absmax.mutable_data_ptr<float>();
@@ -61,7 +61,7 @@ void dequantize(std::vector<Tensor> weight, std::vector<int64_t> layout, Tensor 
   check_count(out, "out", count);
   STD_TORCH_CHECK(!base.is_dense(), "weight must be quantised");
   const bool past_caches = count * size_of(out.scalar_type()) > kPastCaches;
-  with_kernels(out.scalar_type(), [&](const auto& typed, auto* type) {
+  with_kernels(kernels(), out.scalar_type(), [&](const auto& typed, auto* type) {
     auto* to = static_cast<decltype(type)>(out.mutable_data_ptr());
     parallel((count + kPiece - 1) / kPiece, kPiece, [&](int64_t begin, int64_t end) {
       typed.dequantize(base.codes, begin * kPiece, std::min(end * kPiece, count), past_caches,

@@ -3,8 +3,7 @@
 #include "common/philox.h"
 #include "common/simd.h"
 
-namespace peftkern::qlora::PEFTKERN_ISA {
-using namespace peftkern::PEFTKERN_ISA;
+namespace peftkern::PEFTKERN_ISA {
 
 // Zero where a word is below the threshold. Double multiplies in its own width, the rest in float.
 PEFTKERN_INLINE void keep_or_drop(const double* x, const uint32_t* words, uint32_t threshold,
@@ -57,4 +56,4 @@ void from_float(const float* from, int64_t count, T* to) {
   if (i < count) store_some(to + i, load_some(from + i, count - i), count - i);
 }
 
-}  // namespace peftkern::qlora::PEFTKERN_ISA
+}  // namespace peftkern::PEFTKERN_ISA

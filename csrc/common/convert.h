@@ -3,23 +3,23 @@
 #include <cstring>
 
 #include "common/binding.h"
-#include "qlora/qlora.h"
+#include "common/kernels.h"
 
-namespace peftkern::qlora {
+namespace peftkern {
 
-// Calls f with the kernels of a dtype and a pointer of its type, null.
-template <typename Function>
-auto with_kernels(ScalarType dtype, const Function& f) {
+// Calls f with a table's kernels of a dtype and a pointer of its type, null.
+template <typename Table, typename Function>
+auto with_kernels(const Table& table, ScalarType dtype, const Function& f) {
   switch (dtype) {
     case ScalarType::Double:
-      return f(kernels().f64, static_cast<double*>(nullptr));
+      return f(table.f64, static_cast<double*>(nullptr));
     case ScalarType::BFloat16:
-      return f(kernels().bf16, static_cast<peftkern::bf16*>(nullptr));
+      return f(table.bf16, static_cast<bf16*>(nullptr));
     case ScalarType::Half:
-      return f(kernels().fp16, static_cast<peftkern::fp16*>(nullptr));
+      return f(table.fp16, static_cast<fp16*>(nullptr));
     default:
       STD_TORCH_CHECK(dtype == ScalarType::Float, "a tensor must be of a float dtype");
-      return f(kernels().f32, static_cast<float*>(nullptr));
+      return f(table.f32, static_cast<float*>(nullptr));
   }
 }
 
@@ -35,10 +35,10 @@ inline void convert_row(const void* from, ScalarType from_dtype, void* to, Scala
   float buffer[kBatch];
   for (int64_t i = 0; i < count; i += kBatch) {
     const int64_t n = std::min(kBatch, count - i);
-    with_kernels(from_dtype, [&](const auto& source, auto* s) {
+    with_kernels(shared_kernels(), from_dtype, [&](const auto& source, auto* s) {
       source.to_float(static_cast<decltype(s)>(const_cast<void*>(from)) + i, n, buffer);
     });
-    with_kernels(to_dtype, [&](const auto& target, auto* t) {
+    with_kernels(shared_kernels(), to_dtype, [&](const auto& target, auto* t) {
       target.from_float(buffer, n, static_cast<decltype(t)>(to) + i);
     });
   }
@@ -69,4 +69,4 @@ inline Matrix as_dtype(const Matrix& from, ScalarType dtype, Scratch& scratch) {
   return to;
 }
 
-}  // namespace peftkern::qlora
+}  // namespace peftkern
