@@ -100,8 +100,7 @@ void grad_x_tile(const Backward<T, Acc>& io, const Acc* grad_hidden, int64_t beg
     write(to + row * inputs + c, v, n);
   };
   if (!io.norm.there) {
-    if (to) for_each_sum<kWide>(left, io.down, io.rank, inputs, Acc(1), finish);
-    return;
+    return for_each_sum<kWide>(left, io.down, io.rank, inputs, Acc(1), finish);
   }
   for_each_sum<kWide>(left, io.down, io.rank, inputs, Acc(1),
                       [&](int64_t row, int64_t c, auto v, int64_t n) {
@@ -150,11 +149,12 @@ void backward_tile(const Backward<T, Acc>& io, int64_t begin, int64_t rows, Acc*
   multiply_by_slope(io.activation, hidden, rows * rank, io.scale, at.reached);
   const Acc* grad_hidden = at.reached;
   if (io.grad_bias_down) add_rows(grad_hidden, rows, rank, io.grad_bias_down);
-  if (io.grad_down || io.norm.there) {
+  const bool further = io.grad_x || io.grad_norm_weight || io.grad_norm_bias;
+  if (io.grad_down || (io.norm.there && further)) {
     const Acc* z = z_of(io, io.x + begin * inputs, rows, at);
     if (io.grad_down) add_outer(grad_hidden, rank, z, inputs, rows, io.grad_down);
   }
-  grad_x_tile(io, grad_hidden, begin, rows, at);
+  if (further) grad_x_tile(io, grad_hidden, begin, rows, at);
 }
 
 template <typename T, typename Acc>

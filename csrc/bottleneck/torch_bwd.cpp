@@ -173,9 +173,10 @@ std::vector<Tensor> linear_bwd(const Tensor& grad, const Tensor& x, const Tensor
   check_dtype(grad, "grad", p.x.dtype);
   check_count(hidden, "hidden", rows * rank);
   check_dtype(hidden, "hidden", p.sums());
+  STD_TORCH_CHECK(needs.size() == 8, "needs must have 8 elements, got ", needs.size());
   std::vector<Tensor> out;
   const auto gradient = [&](size_t i, const MaybeTensor& of, int64_t height, int64_t width) {
-    if (!needs.at(i) || !of) return Matrix{};
+    if (!needs[i] || !of) return Matrix{};
     out.push_back(empty_as(*of));
     return Matrix::of(out.back(), height, width);
   };

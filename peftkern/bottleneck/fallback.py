@@ -120,5 +120,6 @@ def _grad_x(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float | None) -
     centred = _centred(x, eps)
     inner = grad if weight is None else grad * weight.to(grad.dtype)
     along = (inner * centred).mean(1, keepdim=True)
-    deviation = (x.var(1, correction=0, keepdim=True) + eps).sqrt()
+    apart = x - x.mean(1, keepdim=True)
+    deviation = ((apart * apart).mean(1, keepdim=True) + eps).sqrt()
     return (inner - inner.mean(1, keepdim=True) - along * centred) / deviation
