@@ -1,5 +1,6 @@
 // onebit's kernels without torch.
 #include "onebit/test_codes.h"
+#include "onebit/test_linear.h"
 
 int main() {
   using namespace peftkern;
@@ -12,5 +13,7 @@ int main() {
     RUN(any_range_is_quantised_alike);
     RUN(sums_take_every_element_once);
     RUN(slopes_are_the_closed_form);
+    RUN(lookups_are_the_product);
+    RUN(panels_are_levels_and_touch_nothing_else);
   }
 }
