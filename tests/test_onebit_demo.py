@@ -12,11 +12,6 @@ from peftkern.demo import DemoFailed, Options, model, text, train
 from peftkern.demo.run import run
 
 
-@pytest.fixture(autouse=True)
-def served(monkeypatch):
-    monkeypatch.setenv("PEFTKERN_STRICT", "0")
-
-
 @pytest.fixture
 def vision():
     pytest.importorskip("sklearn", reason="reads the digits of scikit-learn")

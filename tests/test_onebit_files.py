@@ -19,11 +19,6 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 NAN = struct.pack("<f", float("nan"))
 
 
-@pytest.fixture(autouse=True)
-def served(monkeypatch):
-    monkeypatch.setenv("PEFTKERN_STRICT", "0")
-
-
 @pytest.fixture(params=PLACEMENTS)
 def placement(request):
     return request.param

@@ -20,11 +20,6 @@ from peftkern.onebit.blocks import KNOWN
 PLACEMENTS = ("lora", "adaptformer")
 
 
-@pytest.fixture(autouse=True)
-def served(monkeypatch):
-    monkeypatch.setenv("PEFTKERN_STRICT", "0")
-
-
 @pytest.fixture(params=PLACEMENTS)
 def placement(request):
     return request.param

@@ -175,9 +175,13 @@ def _save(model: Any, name: str, out: Path) -> int:
         return 0
     from safetensors.torch import save_file
 
-    names = {id(p): n for n, p in model.named_parameters()}
-    own = [m for m in model.modules() if isinstance(m, AdaptFormer)]
-    save_file({names[id(p)]: p.detach() for m in own for p in m.adapter()}, out / WEIGHTS)
+    weights = {
+        f"{name}.{part}": parameter.detach()
+        for name, module in model.named_modules()
+        if isinstance(module, AdaptFormer)
+        for part, parameter in module.named_parameters()
+    }
+    save_file(weights, out / WEIGHTS)
     return (out / WEIGHTS).stat().st_size
 
 
