@@ -23,7 +23,6 @@ from peftkern.kernels.onebit_levels import (
     EPS,
     at,
     code_of,
-    count_of,
     load_statistics,
     runs,
     value_of,
@@ -44,6 +43,20 @@ BLOCK_WRITE = 4096  # weights that one program writes
 # share what they read, and with that the order of the sums.
 ANY_ADDRESS = ["weight_ptrs", "grad_ptrs", "counts"]
 UNSPECIALIZED = ["counts", "parts"]
+
+
+@triton.jit
+def _load(ptrs, matrix, begin, held, BLOCK: tl.constexpr):
+    """A matrix from `begin` on, `held` of its elements and then zeros; float32 [BLOCK]."""
+    lane = tl.arange(0, BLOCK)
+    return widen(tl.load(at(ptrs, matrix) + begin + lane, mask=lane < held, other=0))
+
+
+@triton.jit
+def _store(ptrs, matrix, begin, held, value, BLOCK: tl.constexpr):
+    """Rounded once, as `_load` reads it."""
+    to, lane = at(ptrs, matrix), tl.arange(0, BLOCK)
+    tl.store(to + begin + lane, narrow(value, to.dtype.element_ty), mask=lane < held)
 
 
 @triton.jit
@@ -77,11 +90,10 @@ def statistics_kernel(
             tl.store(statistics_ptr + 2 * matrix, 0.0)
             tl.store(statistics_ptr + 2 * matrix + 1, 0.0)
         return
-    i = begin + tl.arange(0, BLOCK)
-    inside = i < count
-    weight = widen(tl.load(at(weight_ptrs, matrix) + i, mask=inside, other=0))
-    mean = tl.div_rn(tl.sum(weight, 0), tl.minimum(count - begin, BLOCK).to(tl.float32))
-    off = tl.where(inside, weight - mean, 0.0)
+    held = tl.minimum(count - begin, BLOCK).to(tl.int32)
+    weight = _load(weight_ptrs, matrix, begin, held, BLOCK)
+    mean = tl.div_rn(tl.sum(weight, 0), held.to(tl.float32))
+    off = tl.where(tl.arange(0, BLOCK) < held, weight - mean, 0.0)
     squares = tl.sum(off * off, 0)
     if count <= BLOCK:
         _store_statistics(statistics_ptr, matrix, mean, squares, count)
@@ -143,16 +155,17 @@ def quantize_kernel(
 ):
     """W, rounded once. Floor: the bytes of the weights read, of W written."""
     matrix = tl.program_id(0)
-    count = count_of(counts, matrix, ALIGNED)
+    count = at(counts, matrix)
     begin = tl.program_id(1).to(tl.int64) * BLOCK
     if begin >= count:
         return
-    i = begin + tl.arange(0, BLOCK)
-    weight = widen(tl.load(at(weight_ptrs, matrix) + i, mask=i < count, other=0))
+    held = tl.minimum(count - begin, BLOCK).to(tl.int32)
+    if ALIGNED:
+        held = tl.multiple_of(held, 4)
+    weight = _load(weight_ptrs, matrix, begin, held, BLOCK)
     mean, std = load_statistics(statistics_ptr, matrix)
     value = value_of(code_of(weight, mean, std, THRESHOLDS), mean, std, LEVELS)
-    to = at(out_ptrs, matrix)
-    tl.store(to + i, narrow(value, to.dtype.element_ty), mask=i < count)
+    _store(out_ptrs, matrix, begin, held, value, BLOCK)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=ANY_ADDRESS)
@@ -173,17 +186,16 @@ def quantize_sums_kernel(
     begin = part.to(tl.int64) * BLOCK
     if begin >= count:
         return
-    i = begin + tl.arange(0, BLOCK)
-    inside = i < count
-    weight = widen(tl.load(at(weight_ptrs, matrix) + i, mask=inside, other=0))
-    grad = widen(tl.load(at(grad_ptrs, matrix) + i, mask=inside, other=0))
+    held = tl.minimum(count - begin, BLOCK).to(tl.int32)
+    weight = _load(weight_ptrs, matrix, begin, held, BLOCK)
+    grad = _load(grad_ptrs, matrix, begin, held, BLOCK)
     mean, std = load_statistics(statistics_ptr, matrix)
     level = value_of(code_of(weight, mean, std, THRESHOLDS), 0.0, 1.0, LEVELS)
     ratio = tl.div_rn(std, std + EPS)
     along = grad * (level - ratio * ((weight - mean) / (std + EPS)))
     to = sums_ptr + 2 * (matrix.to(tl.int64) * parts + part)
     tl.store(to, tl.sum(grad, 0))
-    tl.store(to + 1, tl.sum(tl.where(inside, along, 0.0), 0))
+    tl.store(to + 1, tl.sum(along, 0))  # beyond the end its gradients are 0
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -206,7 +218,7 @@ def quantize_bwd_kernel(
     small, and of what is written; 1 KB of sums for each million weights.
     """
     matrix = tl.program_id(0)
-    count = count_of(counts, matrix, ALIGNED)
+    count = at(counts, matrix)
     begin = tl.program_id(1).to(tl.int64) * BLOCK
     if begin >= count:
         return
@@ -226,12 +238,12 @@ def quantize_bwd_kernel(
     flat = std == 0
     slope = tl.where(flat, 0.0, tl.div_rn(tl.sum(along, 0), tl.where(flat, 1.0, others * std)))
     shift = (1 - ratio) * tl.sum(plain, 0) / count.to(tl.float32)
-    i = begin + tl.arange(0, BLOCK)
-    weight = widen(tl.load(at(weight_ptrs, matrix) + i, mask=i < count, other=0))
-    grad = widen(tl.load(at(grad_ptrs, matrix) + i, mask=i < count, other=0))
-    to = at(out_ptrs, matrix)
-    value = ratio * grad + shift + slope * (weight - mean)
-    tl.store(to + i, narrow(value, to.dtype.element_ty), mask=i < count)
+    held = tl.minimum(count - begin, BLOCK).to(tl.int32)
+    if ALIGNED:
+        held = tl.multiple_of(held, 4)
+    weight = _load(weight_ptrs, matrix, begin, held, BLOCK)
+    grad = _load(grad_ptrs, matrix, begin, held, BLOCK)
+    _store(out_ptrs, matrix, begin, held, ratio * grad + shift + slope * (weight - mean), BLOCK)
 
 
 def statistics(weights: Sequence[Tensor]) -> Tensor:
@@ -244,12 +256,13 @@ def statistics(weights: Sequence[Tensor]) -> Tensor:
         found = out.new_empty(len(counts), parts, 2) if parts > 1 else None
         statistics_kernel[(len(counts), parts)](
             tuple(weights[cut]), counts, out[cut], found, parts,
-            BLOCK=BLOCK_PART, num_warps=PART_WARPS,
+            BLOCK=BLOCK_PART, num_warps=PART_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
         if found is not None:
             statistics_parts_kernel[(len(counts),)](
-                counts, found, out[cut], parts, BLOCK=BLOCK_PART, BLOCK_PARTS=BLOCK_PARTS
-            )
+                counts, found, out[cut], parts,
+                BLOCK=BLOCK_PART, BLOCK_PARTS=BLOCK_PARTS, enable_fp_fusion=False,
+            )  # fmt: skip
     return out
 
 

@@ -33,13 +33,6 @@ def at(values, index):
 
 
 @triton.jit
-def count_of(counts, matrix, ALIGNED: tl.constexpr):
-    """How many weights a matrix has; ALIGNED: of all of them, whole quads."""
-    count = at(counts, matrix)
-    return tl.multiple_of(count, 4) if ALIGNED else count
-
-
-@triton.jit
 def load_statistics(statistics_ptr, matrix):
     """-> mean and std of a matrix, float32."""
     return tl.load(statistics_ptr + 2 * matrix), tl.load(statistics_ptr + 2 * matrix + 1)

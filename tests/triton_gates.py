@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from peftkern.bench import sass
-from peftkern.kernels import qlora, qlora_backward, qlora_paths
+from peftkern.kernels import onebit, qlora, qlora_backward, qlora_paths
 
 ARCHITECTURES = {"sm80": 80, "sm90": 90, "sm100": 100}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -105,6 +105,26 @@ def dequantize(format):
     qlora.dequantize(base, layout, tensor(SIZE, SIZE, dtype=torch.bfloat16))
 
 
+def latents(bits):
+    """Those of 12 adapters, and one that is summed up in parts."""
+    weights = [tensor(32, 768), tensor(768, 32)] * 12 + [tensor(100, 768)]
+    statistics = onebit.statistics(weights)
+    onebit.quantize_bwd(onebit.quantize(weights, statistics, bits), weights, statistics, bits)
+
+
+def codes(bits):
+    weight, statistics = tensor(SIZE, SIZE), tensor(1, 2)
+    packed = onebit.encode(weight, statistics, bits)
+    onebit.pack(onebit.unpack(packed, bits, SIZE), bits)
+    onebit.dequantize(packed, statistics, bits, SIZE, torch.bfloat16)
+
+
+def packed(rows, bits=1, dtype=torch.bfloat16, size=SIZE):
+    laid_out = onebit.lay_out(tensor(size, -(-size * bits // 8), dtype=torch.uint8), bits, size)
+    x = tensor(rows, size, dtype=dtype)
+    onebit.linear(x, laid_out, tensor(1, 2), bits, size, tensor(size))
+
+
 # On every architecture, each kernel in the ways it mostly runs.
 CASES = {
     "nested, few rows": lambda: step("nested"),
@@ -115,6 +135,10 @@ CASES = {
     "dense experts": dense_experts,
     "dequantize nested": lambda: dequantize("nested"),
     "dequantize int8": lambda: dequantize("int8"),
+    "latents": lambda: latents(1),
+    "codes": lambda: codes(1),
+    "packed, few rows": lambda: packed(FEW),
+    "packed, many rows": lambda: packed(MANY),
 }
 # The ways that are left, on one of them.
 RARE = "sm90"
@@ -123,13 +147,20 @@ RARE_CASES = {
     "experts": lambda: step("dense", rows=MANY, experts=EXPERTS),
     "mixed adapters": lambda: step("nested", experts=EXPERTS, mixed=True),
     "uneven": lambda: step("nested", torch.float16, size=1001),
+    "latents of 4 bits": lambda: latents(4),
+    "codes of 4 bits": lambda: codes(4),
+    "packed, 2 bits": lambda: packed(FEW, 2),
+    "packed, 4 bits": lambda: packed(FEW, 4),
+    "packed, float32": lambda: packed(FEW, dtype=torch.float32),
+    "packed, uneven": lambda: packed(FEW, size=1001),
 }
 
 
 def typed(value, parameter):
     """An argument's type as Triton names it, and whether it counts as a multiple of 16."""
     if isinstance(value, torch.Tensor):
-        return "*" + TYPES[value.dtype], True  # as torch's allocator gives them
+        # As torch's allocator gives them.
+        return "*" + TYPES[value.dtype], not parameter.do_not_specialize_on_alignment
     one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
     if parameter.is_constexpr or value is None or one:
         return "constexpr", False
