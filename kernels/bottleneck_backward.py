@@ -20,18 +20,19 @@ from torch import Tensor
 from peftkern.bottleneck import fallback
 from peftkern.kernels import bottleneck_tiles as tiles
 from peftkern.kernels import qlora_paths as paths
-from peftkern.kernels.bottleneck_forward import is_one_kernel_s, project, projected
+from peftkern.kernels.bottleneck_forward import activated
 from peftkern.kernels.bottleneck_norm import centre, load_statistics, norm_sums, statistics_of
+from peftkern.kernels.bottleneck_products import expand, load_factor, project, projected
 from peftkern.kernels.bottleneck_sums import grad_down, grad_up
 from peftkern.kernels.bottleneck_tiles import (
     dropped,
-    expand,
+    is_one_kernel_s,
     load_hidden,
     slope,
     store_hidden,
     whole_scale,
 )
-from peftkern.kernels.common import narrow, rows_of, widen
+from peftkern.kernels.common import dot, narrow, rows_of, widen
 
 
 @triton.jit
@@ -100,8 +101,8 @@ def linear_bwd_kernel(
     zeros = tl.zeros((BLOCK_M,), tl.float32)
     mean, deviation, level, along = zeros, zeros, zeros, zeros
     t = project(
-        grad_ptr, up_ptr, None, None, mean, deviation, m, inside, r, 0, outputs, outputs, rank, 1,
-        rank, False, BLOCK_M, BLOCK_R, BLOCK_K,
+        grad_ptr, up_ptr, None, None, mean, deviation, m, inside, r, 0, outputs, outputs, rank,
+        False, True, BLOCK_M, BLOCK_R, BLOCK_K,
     )  # fmt: skip
     h = load_hidden(hidden_ptr, m, inside, r, rows, rank, 1)
     t *= whole_scale(scale, gate_ptr)
@@ -115,8 +116,8 @@ def linear_bwd_kernel(
             level, along = _row_means(low, h, norm_sums_ptr, r, columns, rank)
         for start in range(0, columns, BLOCK_N):
             k = start + tl.arange(0, BLOCK_N)
-            sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            sum = expand(sum, low, down_ptr, r, k, rank, columns, columns, 1)
+            down = load_factor(down_ptr, r, k, rank, columns, low.dtype, False)
+            sum = dot(low, down, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
             _store_grad_x(
                 sum, x_ptr, onto_ptr, norm_weight_ptr, grad_x_ptr, mean, deviation, level, along,
                 m, inside, k, columns, NORM,
@@ -124,45 +125,31 @@ def linear_bwd_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "threshold"])
-def grad_x_kernel(
+def grad_hidden_kernel(
     parts_ptr,  # [splits, rows, rank] float32: g up
-    grad_ptr,  # as linear_bwd_kernel takes them, to grad_x_ptr
-    x_ptr,
-    hidden_ptr,
-    down_ptr,
-    gate_ptr,
-    onto_ptr,
-    norm_weight_ptr,
-    statistics_ptr,
-    norm_sums_ptr,
-    grad_hidden_ptr,
-    grad_x_ptr,
+    hidden_ptr,  # [rows, rank] float32
+    gate_ptr,  # [1], or None
+    norm_sums_ptr,  # [2, rank] float32, see norm_sums_kernel
+    grad_hidden_ptr,  # [rows, rank] float32
+    low_ptr,  # [rows, rank], of x's dtype: the same
+    means_ptr,  # [2, rows] float32, or None: what the norm's gradient takes from each row
     rows,
     columns,
     rank,
     scale,
-    seed_ptr,
+    seed_ptr,  # as the next two, see `dropped`
     threshold,
     factor,
     ACTIVATION: tl.constexpr,
-    NORM: tl.constexpr,
     WHOLE_QUADS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
 ):
-    """A tile of grad_x, from what project_kernel left; those of the first columns write t as well.
-
-    Floor: bytes of grad_x written, of `down` and of g onto x read, of x for the norm; 2 rows rank
-    columns operations.
-    """
+    """t of some rows. Floor: 4 bytes of each split, of h and of t, and x's of `low`, an element."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = m < rows
-    k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    zeros = tl.zeros((BLOCK_M,), tl.float32)
-    mean, deviation, level, along = zeros, zeros, zeros, zeros
-    sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    level, along = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     scale = whole_scale(scale, gate_ptr)
     for first in range(0, rank, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
@@ -170,22 +157,56 @@ def grad_x_kernel(
         h = load_hidden(hidden_ptr, m, inside, r, rows, rank, 1)
         t = dropped(t, seed_ptr, threshold, factor, m, first, rank, WHOLE_QUADS, BLOCK_M, BLOCK_R)
         t *= slope(h, ACTIVATION)
-        if tl.program_id(1) == 0:
-            store_hidden(grad_hidden_ptr, t, m, inside, r, rank)
-        if grad_x_ptr is not None:
-            low = narrow(t, grad_ptr.dtype.element_ty)
-            if NORM:
-                more_level, more_along = _row_means(low, h, norm_sums_ptr, r, columns, rank)
-                level += more_level
-                along += more_along
-            sum = expand(sum, low, down_ptr, r, k, rank, columns, columns, 1)
-    if grad_x_ptr is not None:
-        if NORM:
-            mean, deviation = load_statistics(statistics_ptr, m, inside, rows)
-        _store_grad_x(
-            sum, x_ptr, onto_ptr, norm_weight_ptr, grad_x_ptr, mean, deviation, level, along,
-            m, inside, k, columns, NORM,
-        )  # fmt: skip
+        low = narrow(t, low_ptr.dtype.element_ty)
+        store_hidden(grad_hidden_ptr, t, m, inside, r, rank)
+        store_hidden(low_ptr, low, m, inside, r, rank)
+        if means_ptr is not None:
+            more_level, more_along = _row_means(low, h, norm_sums_ptr, r, columns, rank)
+            level += more_level
+            along += more_along
+    if means_ptr is not None:
+        tl.store(means_ptr + m, level, mask=inside)
+        tl.store(means_ptr + rows + m, along, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def grad_x_kernel(
+    low_ptr,  # [rows, rank], of x's dtype: t
+    x_ptr,  # [rows, columns]
+    down_ptr,  # [rank, columns]
+    onto_ptr,  # grad where the residual is x, else None
+    norm_weight_ptr,  # [columns], or None
+    statistics_ptr,  # [2, rows] float32, see statistics_kernel
+    means_ptr,  # [2, rows] float32, see grad_hidden_kernel
+    grad_x_ptr,  # [rows, columns]
+    rows,
+    columns,
+    rank,
+    NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """A tile of grad_x.
+
+    Floor: bytes of grad_x written, of `down` and of g onto x read, of x for the norm; 2 rows rank
+    columns operations.
+    """
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = m < rows
+    k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    sum = expand(
+        low_ptr, down_ptr, m, inside, k, rank, columns, False, BLOCK_M, BLOCK_N, BLOCK_R
+    )  # fmt: skip
+    zeros = tl.zeros((BLOCK_M,), tl.float32)
+    mean, deviation, level, along = zeros, zeros, zeros, zeros
+    if NORM:
+        mean, deviation = load_statistics(statistics_ptr, m, inside, rows)
+        level, along = load_statistics(means_ptr, m, inside, rows)
+    _store_grad_x(
+        sum, x_ptr, onto_ptr, norm_weight_ptr, grad_x_ptr, mean, deviation, level, along, m, inside,
+        k, columns, NORM,
+    )  # fmt: skip
 
 
 def grad_hidden(
@@ -203,27 +224,32 @@ def grad_hidden(
     if rows == 0:
         return t
     tile = paths.tile("bottleneck", x.device, x.dtype, rows)
-    blocks = tiles.tile_arguments(tile, rank)
+    programs = triton.cdiv(rows, tile.rows)
     sums = None
     if statistics is not None and grad_x is not None:
         sums = norm_sums(x, down, bias_down, norm_weight, norm_bias)
     onto = grad if onto_x else None
-    places = (gate, onto, norm_weight, statistics, sums, t, grad_x, rows, columns, rank)
-    ways = {
-        "ACTIVATION": activation, "NORM": sums is not None,
-        **tiles.dropout_arguments(dropout, seed, rank),
-    }  # fmt: skip
+    drops = tiles.dropout_arguments(dropout, seed, rank)
     if is_one_kernel_s(rows, rank, tile, x.device):
-        linear_bwd_kernel[(triton.cdiv(rows, tile.rows),)](
-            grad, x, hidden, down, up, *places, outputs, scale, **ways, **blocks
-        )
+        linear_bwd_kernel[(programs,)](
+            grad, x, hidden, down, up, gate, onto, norm_weight, statistics, sums, t, grad_x,
+            rows, columns, rank, outputs, scale, ACTIVATION=activation, NORM=sums is not None,
+            **drops, **tiles.whole_blocks(tile, rank),
+        )  # fmt: skip
         return t
-    parts = projected(grad, up, None, tile, over_rows=True)
-    del blocks["BLOCK_K"]
-    programs = 1 if grad_x is None else max(triton.cdiv(columns, tile.outputs), 1)
-    grad_x_kernel[(triton.cdiv(rows, tile.rows), programs)](
-        parts, grad, x, hidden, down, *places, scale, SPLITS=len(parts), **ways, **blocks
-    )
+    parts = projected(grad, up, None, tile, along_rank=True)
+    low = torch.empty_like(t, dtype=x.dtype)
+    means = None if sums is None else t.new_empty(2, rows)
+    grad_hidden_kernel[(triton.cdiv(rows, tiles.HIDDEN_BLOCKS["BLOCK_M"]),)](
+        parts, hidden, gate, sums, t, low, means, rows, columns, rank, scale,
+        ACTIVATION=activation, SPLITS=len(parts), **drops, **tiles.HIDDEN_BLOCKS,
+    )  # fmt: skip
+    if grad_x is not None and columns:
+        grad_x_kernel[(programs, triton.cdiv(columns, tile.outputs))](
+            low, x, down, onto, norm_weight, statistics, means, grad_x, rows, columns, rank,
+            NORM=means is not None,
+            **tiles.product_blocks(tile, rank, tile.inner, BLOCK_N=tile.outputs),
+        )  # fmt: skip
     return t
 
 
@@ -245,13 +271,14 @@ def linear_bwd(
     ]
     grad_x, of_down, of_up, of_bias_down, of_bias_up, of_gate, *of_norm = grads
     g, flat = rows_of(grad), rows_of(x)
-    grad_up(
-        g, hidden, up, bias_up, gate, scale, activation, dropout, seed, of_up, of_bias_up, of_gate
-    )
-    if any(t is not None for t in (grad_x, of_down, of_bias_down, *of_norm)):
-        statistics = None
-        if eps is not None and any(t is not None for t in (grad_x, of_down, *of_norm)):
-            statistics = statistics_of(flat, eps)
+    if of_up is not None or of_gate is not None:
+        low = activated(hidden[None], hidden, activation, dropout, seed, x.dtype)
+    else:
+        low = None
+    grad_up(g, low, up, bias_up, gate, scale, of_up, of_bias_up, of_gate)
+    reads_x = any(t is not None for t in (grad_x, of_down, *of_norm))
+    if reads_x or of_bias_down is not None:
+        statistics = None if eps is None or not reads_x else statistics_of(flat, eps)
         t = grad_hidden(
             g, flat, hidden, down, up, bias_down, gate, scale, activation, onto_x, norm_weight,
             norm_bias, statistics, dropout, seed, rows_of(grad_x),

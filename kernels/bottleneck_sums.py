@@ -3,7 +3,7 @@
     grad_up   = s g^T D(act(h))      grad_bias_up   = s * sum of g        s = scale * gate
     grad_down = t^T N(x)             grad_bias_down = sum of t
     grad_gate = scale * (sum of up * g^T D(act(h)) + sum of bias_up * g)
-    grad_norm_weight = sum of (t down) * (x - mean) * deviation           grad_norm_bias of t down
+    grad_norm_weight = sum of (t down) * (x - mean) * deviation           grad_norm_bias = of t down
 
 Rows are cut into strips, whose sums a second launch adds up in their order.
 """
@@ -15,48 +15,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.kernels import bottleneck_tiles as tiles
 from peftkern.kernels import qlora_paths as paths
-from peftkern.kernels.bottleneck_norm import centre, load_statistics, weigh
-from peftkern.kernels.bottleneck_tiles import activate, dropped, load_hidden, whole_scale
+from peftkern.kernels.bottleneck_norm import centre, load_statistics
+from peftkern.kernels.bottleneck_tiles import load_hidden, whole_scale
 from peftkern.kernels.common import convert, dot, narrow, widen
 from peftkern.kernels.qlora_strips import Groups, finish, strips_of
 
 
-@triton.jit(do_not_specialize=["rows", "strips", "strip_rows", "threshold"])
+@triton.jit(do_not_specialize=["rows", "strip_rows"])
 def grad_up_kernel(
     grad_ptr,  # [rows, outputs]
-    hidden_ptr,  # [rows, rank] float32
+    low_ptr,  # [rows, rank]: D(act(h)), of g's dtype; or None
     up_ptr,  # [outputs, rank], as all parameters of any float dtype
     bias_up_ptr,  # [outputs], or None
     gate_ptr,  # [1], or None
     up_parts_ptr,  # [strips, outputs, rank] float32, or None
     bias_parts_ptr,  # [strips, outputs] float32, or None
-    gate_parts_ptr,  # [chunks, strips, tiles] float32, or None: chunks of BLOCK_R ranks
+    gate_parts_ptr,  # [chunks, strips, outputs] float32, or None: chunks of BLOCK_R ranks
     rows,
     outputs,
     rank,
     strip_rows,
     scale,
-    seed_ptr,  # as the next two, see `dropped`
-    threshold,
-    factor,
-    ACTIVATION: tl.constexpr,
-    WHOLE_QUADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """A tile of outputs of a strip of rows, for a chunk of the rank.
 
-    Floor: bytes of g read once for each chunk, 4 rows rank bytes of h, which the L2 cache holds;
+    Floor: bytes of g read once for each chunk, and of `low`, which the L2 cache holds;
     4 strips outputs rank bytes of parts; 2 rows outputs rank operations.
     """
     tile, strip, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
     is_n, is_r = n < outputs, r < rank
-    HAS_UP: tl.constexpr = up_parts_ptr is not None or gate_parts_ptr is not None
     HAS_BIAS: tl.constexpr = bias_parts_ptr is not None or (
         gate_parts_ptr is not None and bias_up_ptr is not None
     )
@@ -72,13 +65,10 @@ def grad_up_kernel(
         inside = m < end
         place = grad_ptr + m[:, None] * outputs + n[None, :]
         grad = tl.load(place, mask=inside[:, None] & is_n[None, :], other=0)
-        if HAS_UP:
-            h = load_hidden(hidden_ptr, m, inside, r, rows, rank, 1)
-            low = dropped(
-                activate(h, ACTIVATION), seed_ptr, threshold, factor, m, chunk * BLOCK_R, rank,
-                WHOLE_QUADS, BLOCK_M, BLOCK_R,
-            )  # fmt: skip
-            sum_up = dot(tl.trans(grad), narrow(low, grad.dtype), sum_up)
+        if low_ptr is not None:
+            place = low_ptr + m[:, None] * rank + r[None, :]
+            low = tl.load(place, mask=inside[:, None] & is_r[None, :], other=0)
+            sum_up = dot(tl.trans(grad), low, sum_up)
         if HAS_BIAS:
             sum_bias = dot(tl.trans(grad), sixteenths, sum_bias)
     bias = tl.sum(sum_bias, 1)
@@ -86,12 +76,13 @@ def grad_up_kernel(
     matrix, mask = part[:, None] * rank + r[None, :], is_n[:, None] & is_r[None, :]
     if gate_parts_ptr is not None:
         up = tl.load(up_ptr + n.to(tl.int64)[:, None] * rank + r[None, :], mask=mask, other=0)
-        sum = tl.sum(tl.sum(widen(convert(up, grad_ptr.dtype.element_ty)) * sum_up, 1), 0)
+        # One number an output: Triton 3.6 compiles no sum of them all for sm100.
+        sum = tl.sum(widen(convert(up, grad_ptr.dtype.element_ty)) * sum_up, 1)
         if bias_up_ptr is not None:
             if chunk == 0:
-                sum += tl.sum(widen(tl.load(bias_up_ptr + n, mask=is_n, other=0)) * bias, 0)
-        place = (chunk * tl.num_programs(1) + strip) * tl.num_programs(0) + tile
-        tl.store(gate_parts_ptr + place, scale * sum)
+                sum += widen(tl.load(bias_up_ptr + n, mask=is_n, other=0)) * bias
+        place = gate_parts_ptr + (chunk * tl.num_programs(1) + strip).to(tl.int64) * outputs + n
+        tl.store(place, scale * sum, mask=is_n)
     scale = whole_scale(scale, gate_ptr)
     if up_parts_ptr is not None:
         tl.store(up_parts_ptr + matrix, scale * sum_up, mask=mask)
@@ -122,80 +113,79 @@ def grad_down_kernel(
     """A tile of columns of a strip of rows, for a chunk of the rank; the first tile sums t too.
 
     Floor: bytes of x read once for each chunk, 4 rows rank bytes of t, which the L2 cache holds;
-    4 strips rank columns bytes of parts; 2 rows columns rank operations, twice that with the norm's
-    own gradients.
+    4 strips rank columns bytes of parts; 2 rows columns rank operations. All that the norm has a
+    part in follows from t^T (x - mean) * deviation and the sum of t.
     """
     tile, strip, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
     is_k, is_r = k < columns, r < rank
     mask = is_r[:, None] & is_k[None, :]
-    sum_down = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    sum_bias = tl.zeros((BLOCK_R,), tl.float32)
-    sum_weight = tl.zeros((BLOCK_K,), tl.float32)
-    sum_level = tl.zeros((BLOCK_K,), tl.float32)
-    if norm_parts_ptr is not None:
-        place = down_ptr + r.to(tl.int64)[:, None] * columns + k[None, :]
-        down = convert(tl.load(place, mask=mask, other=0), x_ptr.dtype.element_ty)
+    products = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    sums = tl.zeros((BLOCK_R,), tl.float32)
     begin = strip.to(tl.int64) * strip_rows
     end = tl.minimum(begin + strip_rows, rows)
     for start in range(begin, end, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         inside = m < end
         t = load_hidden(t_ptr, m, inside, r, rows, rank, 1)
-        if bias_parts_ptr is not None:
+        if statistics_ptr is not None:
+            sums += tl.sum(t, 0)
+        elif bias_parts_ptr is not None:
             if tile == 0:
-                sum_bias += tl.sum(t, 0)
-        low = narrow(t, x_ptr.dtype.element_ty)
+                sums += tl.sum(t, 0)
         if down_parts_ptr is not None or norm_parts_ptr is not None:
             place = x_ptr + m[:, None] * columns + k[None, :]
             x = tl.load(place, mask=inside[:, None] & is_k[None, :], other=0)
             if statistics_ptr is not None:
                 mean, deviation = load_statistics(statistics_ptr, m, inside, rows)
-                centred = centre(x, mean, deviation)
-                if norm_parts_ptr is not None:
-                    inner = dot(low, down, tl.zeros((BLOCK_M, BLOCK_K), tl.float32))
-                    sum_weight += tl.sum(inner * centred, 0)
-                    sum_level += tl.sum(inner, 0)
-                x = narrow(weigh(centred, norm_weight_ptr, norm_bias_ptr, k, columns), x.dtype)
-        if down_parts_ptr is not None:
-            sum_down = dot(tl.trans(low), x, sum_down)
+                x = narrow(centre(x, mean, deviation), x.dtype)
+            products = dot(tl.trans(narrow(t, x.dtype)), x, products)
+    if norm_parts_ptr is not None:
+        from_down = down_ptr + r.to(tl.int64)[:, None] * columns + k[None, :]
+        down = tl.load(from_down, mask=mask, other=0)
+        down = widen(convert(down, x_ptr.dtype.element_ty))
+        part = norm_parts_ptr + (chunk * tl.num_programs(1) + strip).to(tl.int64) * columns + k
+        tl.store(part, tl.sum(down * products, 0), mask=is_k)
+        part += (tl.num_programs(1) * tl.num_programs(2)).to(tl.int64) * columns
+        tl.store(part, tl.sum(down * sums[:, None], 0), mask=is_k)
     if down_parts_ptr is not None:
-        to = (strip.to(tl.int64) * rank + r)[:, None] * columns + k[None, :]
-        tl.store(down_parts_ptr + to, sum_down, mask=mask)
+        if norm_weight_ptr is not None:
+            products *= widen(tl.load(norm_weight_ptr + k, mask=is_k, other=0))[None, :]
+        if norm_bias_ptr is not None:
+            norm_bias = widen(tl.load(norm_bias_ptr + k, mask=is_k, other=0))
+            products += sums[:, None] * norm_bias[None, :]
+        to = down_parts_ptr + (strip.to(tl.int64) * rank + r)[:, None] * columns + k[None, :]
+        tl.store(to, products, mask=mask)
     if bias_parts_ptr is not None:
         if tile == 0:
-            tl.store(bias_parts_ptr + strip * rank + r, sum_bias, mask=is_r)
-    if norm_parts_ptr is not None:
-        part = chunk * tl.num_programs(1) + strip
-        tl.store(norm_parts_ptr + part.to(tl.int64) * columns + k, sum_weight, mask=is_k)
-        part += tl.num_programs(1) * tl.num_programs(2)
-        tl.store(norm_parts_ptr + part.to(tl.int64) * columns + k, sum_level, mask=is_k)
+            tl.store(bias_parts_ptr + strip * rank + r, sums, mask=is_r)
 
 
 def grad_up(
-    grad: Tensor, hidden: Tensor, up: Tensor, bias_up: Tensor | None, gate: Tensor | None,
-    scale: float, activation: int, dropout: float, seed: Tensor | None, of_up: Tensor | None,
-    of_bias_up: Tensor | None, of_gate: Tensor | None,
+    grad: Tensor, low: Tensor | None, up: Tensor, bias_up: Tensor | None, gate: Tensor | None,
+    scale: float, of_up: Tensor | None, of_bias_up: Tensor | None, of_gate: Tensor | None,
 ) -> None:  # fmt: skip
-    """Fills the gradients of up, bias_up and gate: those that are given."""
+    """Fills the gradients of up, bias_up and gate, those that are given; low: D(act(h))."""
     if of_up is None and of_bias_up is None and of_gate is None:
         return
-    (rows, outputs), rank = grad.shape, hidden.shape[1]
-    sides, length, strips, chunks = _cut(grad, rank)
+    (rows, outputs), rank = grad.shape, up.shape[1]
+    sides, length, strips, chunks = _cut(grad, rank if low is not None else 1)
     block = sides.pop("outputs")
     programs = max(triton.cdiv(outputs, block), 1)
     up_parts = None if of_up is None else _float(grad, strips, outputs, rank)
     bias_parts = None if of_bias_up is None else _float(grad, strips, outputs)
-    gate_parts = None if of_gate is None else _float(grad, chunks, strips, programs)
+    gate_parts = None if of_gate is None else _float(grad, chunks * strips, outputs)
     if strips:
         grad_up_kernel[(programs, strips, chunks)](
-            grad, hidden, up, bias_up, gate, up_parts, bias_parts, gate_parts, rows, outputs, rank,
-            length, scale, ACTIVATION=activation, BLOCK_N=block, **sides,
-            **tiles.dropout_arguments(dropout, seed, rank),
+            grad, low, up, bias_up, gate, up_parts, bias_parts, gate_parts, rows, outputs, rank,
+            length, scale, BLOCK_N=block, **sides,
         )  # fmt: skip
     _add_up(strips, outputs, rank, (up_parts, of_up), (bias_parts, of_bias_up))
-    _add_up(chunks * strips * programs, 1, 1, (gate_parts, of_gate))
+    if of_gate is not None:
+        of_outputs = _float(grad, outputs)
+        _add_up(chunks * strips, outputs, 1, (gate_parts, of_outputs))
+        of_gate.copy_(of_outputs.sum())
 
 
 def grad_down(

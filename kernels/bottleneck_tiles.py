@@ -1,20 +1,18 @@
-"""What bottleneck's kernels in Triton share: activations, dropout of a tile of h, both products.
-
-A program holds the whole rank of its rows, up to WIDEST; a wider one comes in chunks.
-"""
+"""What bottleneck's kernels in Triton share: activations, a tile of h, sizes of blocks."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from peftkern.kernels import qlora_paths as paths
-from peftkern.kernels.common import convert, dot, dropout_limit, keep_tile, widen
+from peftkern.kernels.common import dropout_limit, keep_tile, widen
 
-WIDEST = 128
+WIDEST = 128  # of a rank that a program holds whole
 # By their places in reference.ACTIVATIONS; what is none of these is the identity.
 RELU, GELU, GELU_TANH, QUICKGELU, SILU, TANH = (tl.constexpr(i) for i in range(1, 7))
 
@@ -68,8 +66,8 @@ def slope(h, ACTIVATION: tl.constexpr):
         share = tl.sigmoid(h)
         return share * (1 + h * (1 - share))
     elif ACTIVATION == TANH:
-        bent = tanh(h)
-        return 1 - bent * bent
+        power = tl.exp(-2 * tl.abs(h))  # of 1 - tanh(h)^2 little would be left
+        return 4 * power / ((1 + power) * (1 + power))
     else:
         return tl.zeros_like(h) + 1
 
@@ -104,6 +102,13 @@ def whole_scale(scale, gate_ptr):
 
 
 @triton.jit
+def add_bias(sum, bias_ptr, r, rank):
+    if bias_ptr is not None:
+        sum += widen(tl.load(bias_ptr + r, mask=r < rank, other=0))[None, :]
+    return sum
+
+
+@triton.jit
 def load_hidden(
     hidden_ptr,  # [splits, rows, rank] float32
     m,
@@ -128,15 +133,6 @@ def store_hidden(hidden_ptr, value, m, inside, r, rank):
     tl.store(place, value, mask=inside[:, None] & (r < rank)[None, :])
 
 
-@triton.jit
-def expand(sum, low, factor_ptr, r, n, rank, outputs, stride_rank, stride_output):
-    """sum += low [BLOCK_M, BLOCK_R] times factor [r, n], which lies either way round."""
-    place = factor_ptr + n.to(tl.int64)[:, None] * stride_output
-    place += r.to(tl.int64)[None, :] * stride_rank
-    factor = tl.load(place, mask=(n < outputs)[:, None] & (r < rank)[None, :], other=0)
-    return dot(low, tl.trans(convert(factor, low.dtype)), sum)
-
-
 def dropout_arguments(p: float, seed: Tensor | None, rank: int) -> dict[str, Any]:
     """What `dropped` takes, by the names that it has in every kernel."""
     limit = dropout_limit(p, seed)
@@ -148,13 +144,30 @@ def dropout_arguments(p: float, seed: Tensor | None, rank: int) -> dict[str, Any
     }
 
 
-def tile_arguments(tile: paths.Tile, rank: int) -> dict[str, int]:
-    """What kernels that hold a tile of h ask for; no side of a product is shorter than 16."""
+def is_one_kernel_s(rows: int, rank: int, tile: paths.Tile, device: torch.device) -> bool:
+    """Whether a program holds the whole rank, and there are programs enough to fill a GPU."""
+    programs = triton.cdiv(rows, tile.rows)
+    return rank <= WIDEST and programs >= paths.multiprocessors(device)
+
+
+def whole_blocks(tile: paths.Tile, rank: int) -> dict[str, int]:
+    """What a kernel of both products asks for."""
+    blocks = product_blocks(tile, rank, WIDEST, BLOCK_N=tile.outputs, BLOCK_K=tile.inner)
+    if blocks["BLOCK_R"] > WIDEST // 2:
+        blocks["num_warps"] *= 2  # a tile of h, its mask and its slope have to lie in registers
+    return blocks
+
+
+def product_blocks(tile: paths.Tile, rank: int, widest: int, **others: int) -> dict[str, int]:
+    """What a product asks for, in chunks of the rank; none of its sides is shorter than 16."""
     return {
         "BLOCK_M": tile.rows,
-        "BLOCK_R": min(WIDEST, max(triton.next_power_of_2(rank), 16)),
-        "BLOCK_N": tile.outputs,
-        "BLOCK_K": tile.inner,
+        "BLOCK_R": min(widest, max(triton.next_power_of_2(rank), 16)),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        **others,
     }
+
+
+# Of a kernel that takes h element by element.
+HIDDEN_BLOCKS = {"BLOCK_M": 16, "BLOCK_R": 64}

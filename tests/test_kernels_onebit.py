@@ -129,7 +129,7 @@ class Counted:
 
 @pytest.mark.parametrize("most", [96, 2])
 def test_one_launch_serves_all_matrices_of_a_dtype(device, most, monkeypatch):
-    names = ["statistics", "statistics_parts", "quantize", "quantize_sums", "quantize_bwd"]
+    names = ["moments", "moments_parts", "quantize", "quantize_sums", "quantize_bwd"]
     kernels = [Counted(getattr(latents, f"{name}_kernel")) for name in names]
     for name, kernel in zip(names, kernels, strict=True):
         monkeypatch.setattr(latents, f"{name}_kernel", kernel)

@@ -1,4 +1,4 @@
-"""Compiles qlora's Triton kernels for GPUs that need not be there, and says what came out, in JSON.
+"""Compiles the Triton kernels for GPUs that need not be there, and says what came out, in JSON.
 
     python tests/triton_gates.py
 
@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from peftkern.bench import sass
-from peftkern.kernels import onebit, qlora, qlora_backward, qlora_paths
+from peftkern.kernels import bottleneck, onebit, qlora, qlora_backward, qlora_paths
 
 ARCHITECTURES = {"sm80": 80, "sm90": 90, "sm100": 100}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -105,6 +105,20 @@ def dequantize(format):
     qlora.dequantize(base, layout, tensor(SIZE, SIZE, dtype=torch.bfloat16))
 
 
+def adapter(
+    rows, dtype=torch.bfloat16, size=SIZE, rank=64, norm=False, trains=True, onto_x=True, p=0.1
+):
+    """Forward and backward of a bottleneck with dropout; its parameters are float32."""
+    x = tensor(rows, size, dtype=dtype)
+    factors = [tensor(rank, size), tensor(size, rank), tensor(rank), tensor(size), tensor(1)]
+    norms = [*[tensor(size) if norm else None] * 2, 1e-5 if norm else None]
+    rest = [onto_x, *norms, p, tensor(1, dtype=torch.int64)]
+    gelu = 2
+    y, hidden = bottleneck.linear(x, *factors, 2.0, gelu, None, *rest)
+    needs = [True, *[trains] * 5, *[trains and norm] * 2]
+    bottleneck.linear_bwd(y, x, hidden, *factors, 2.0, gelu, *rest, needs)
+
+
 def latents(bits):
     """Those of 12 adapters, and one that is summed up in parts."""
     weights = [tensor(32, 768), tensor(768, 32)] * 12 + [tensor(100, 768)]
@@ -135,6 +149,8 @@ CASES = {
     "dense experts": dense_experts,
     "dequantize nested": lambda: dequantize("nested"),
     "dequantize int8": lambda: dequantize("int8"),
+    "bottleneck": lambda: adapter(4 * MANY),
+    "bottleneck of a wide rank": lambda: adapter(MANY, rank=512, norm=True),
     "latents": lambda: latents(1),
     "codes": lambda: codes(1),
     "packed, few rows": lambda: packed(FEW),
@@ -147,6 +163,9 @@ RARE_CASES = {
     "experts": lambda: step("dense", rows=MANY, experts=EXPERTS),
     "mixed adapters": lambda: step("nested", experts=EXPERTS, mixed=True),
     "uneven": lambda: step("nested", torch.float16, size=1001),
+    "bottleneck, float32": lambda: adapter(4 * MANY, torch.float32),
+    "bottleneck with a norm": lambda: adapter(4 * MANY, rank=128, norm=True, trains=False),
+    "bottleneck, uneven": lambda: adapter(4 * MANY, torch.float16, 1001, rank=30, trains=False),
     "latents of 4 bits": lambda: latents(4),
     "codes of 4 bits": lambda: codes(4),
     "packed, 2 bits": lambda: packed(FEW, 2),
@@ -216,7 +235,11 @@ def facts(compiled):
 
 # Steps that are to share their compiled kernels: as many tiles of rows, and dropout.
 SAME = {
-    f"{rows} rows, p {p}": lambda rows=rows, p=p: step("nested", rows=rows, p=p)
+    f"{rows} rows, p {p}": lambda rows=rows, p=p: (
+        step("nested", rows=rows, p=p),
+        adapter(rows, norm=True, p=p),
+        adapter(4 * rows, p=p),
+    )
     for rows, p in [(MANY, 0.1), (MANY - 1, 0.2), (MANY - 63, 0.1), (MANY, 2**-32), (MANY, 2**-28)]
 }
 

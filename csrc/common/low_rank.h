@@ -1,73 +1,60 @@
 // The small products of the low-rank term, blocked in registers. Each output is one sum in one
 // order.
 #pragma once
+#include "common/blocks.h"
 #include "common/kernels.h"
 #include "common/simd.h"
 
 namespace peftkern::PEFTKERN_ISA {
 
-#if defined(__AVX512F__)
-inline constexpr int kRegisters = 16;  // accumulators; as many again hold operands
-#else
-inline constexpr int kRegisters = 8;
-#endif
-
-PEFTKERN_INLINE void store_first(float* to, F v, int64_t n) {
-  n >= W ? store(to, v) : store_some(to, v, n);
-}
-
-// R rows, V vectors of columns from column c on; the last vector may be cut short to `rest` lanes.
-template <int R, int V>
-PEFTKERN_INLINE void product_block(const Product<float>& io, int64_t row, int64_t c) {
-  F total[R][V] = {};
-  const float *x = io.x + row * io.x_row, *p = io.p + c;
-  const int64_t x_row = io.x_row, depth = io.depth, rest = min(io.columns - c - (V - 1) * W, W);
-  for (int64_t j = 0; j < depth; ++j, x += io.x_column, p += io.p_row) {
-    F by[V];
-    PEFTKERN_UNROLL
-    for (int v = 0; v < V; ++v) by[v] = v + 1 < V ? load(p + v * W) : load_first(p + v * W, rest);
-    PEFTKERN_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const F one = splat(x[r * x_row]);
-      PEFTKERN_UNROLL
-      for (int v = 0; v < V; ++v) total[r][v] = fma(one, by[v], total[r][v]);
-    }
-  }
+// R rows, V vectors of columns from column c on; the last vector has `rest` lanes.
+template <int R, int V, typename T>
+PEFTKERN_INLINE void product_block(const Product<T>& io, int64_t row, int64_t c) {
+  constexpr int64_t kLanes = Vector<T>::lanes;
+  typename Vector<T>::type total[R][V] = {};
+  const int64_t rest = min(io.columns - c - (V - 1) * kLanes, kLanes);
+  add_products<R, V>(io.x + row * io.x_row, io.x_row, io.x_column, io.p + c, io.p_row, io.depth,
+                     rest, total);
   PEFTKERN_UNROLL
   for (int r = 0; r < R; ++r) {
     PEFTKERN_UNROLL
     for (int v = 0; v < V; ++v) {
-      float* to = io.out + (row + r) * io.out_row + c + v * W;
-      const int64_t n = v + 1 < V ? W : rest;
-      const F sum = total[r][v] * io.scale;
-      store_first(to, io.add ? load_first(to, n) + sum : sum, n);
+      T* to = io.out + (row + r) * io.out_row + c + v * kLanes;
+      const int64_t n = v + 1 < V ? kLanes : rest;
+      const auto sum = total[r][v] * io.scale;
+      write(to, io.add ? read(to, n) + sum : sum, n);
     }
   }
 }
 
-template <int V>
-PEFTKERN_INLINE void product_columns(const Product<float>& io, int64_t c) {
-  constexpr int R = kRegisters / V;
-  int64_t row = 0;
+// Rows from `row` on in blocks of R, what is left in smaller ones.
+template <int R, int V, typename T>
+PEFTKERN_INLINE void product_rows(const Product<T>& io, int64_t row, int64_t c) {
   for (; row + R <= io.rows; row += R) product_block<R, V>(io, row, c);
-  for (; row < io.rows; ++row) product_block<1, V>(io, row, c);
+  if constexpr (R > 1) {
+    if (row < io.rows) product_rows<R / 2, V>(io, row, c);
+  }
 }
 
 // A long sum is a sum of short ones: an error that grows with the length of each alone.
-void product(const Product<float>& io) {
-  constexpr int64_t kLength = 256;
+template <typename T>
+void product(const Product<T>& io) {
+  constexpr int64_t kLanes = Vector<T>::lanes;
   int64_t j = 0;
   do {
-    Product<float> part = io;
+    Product<T> part = io;
     part.x += j * io.x_column;
     part.p += j * io.p_row;
-    part.depth = min(io.depth - j, kLength);
+    part.depth = min(io.depth - j, kSumLength);
     part.add = io.add || j > 0;
     int64_t c = 0;
-    for (; c + 3 * W < io.columns; c += 4 * W) product_columns<4>(part, c);
-    for (; c + W < io.columns; c += 2 * W) product_columns<2>(part, c);
-    for (; c < io.columns; c += W) product_columns<1>(part, c);
-    j += kLength;
+    if constexpr (kVectors > 1) {
+      for (; c + kLanes < io.columns; c += 2 * kLanes) {
+        product_rows<kRegisters / 2, 2>(part, 0, c);
+      }
+    }
+    for (; c < io.columns; c += kLanes) product_rows<kRegisters, 1>(part, 0, c);
+    j += kSumLength;
   } while (j < io.depth);
 }
 
@@ -103,9 +90,15 @@ PEFTKERN_INLINE void dots_block(const Dots<float>& io, int64_t row, int64_t j) {
   }
 }
 
+#if defined(__AVX512F__)
+inline constexpr int kDotsWidth = 4;
+#else
+inline constexpr int kDotsWidth = 2;
+#endif
+
 template <int R>
 PEFTKERN_INLINE void dots_rows(const Dots<float>& io, int64_t row) {
-  constexpr int C = kRegisters / 4;
+  constexpr int C = kDotsWidth;
   int64_t j = 0;
   for (; j + C <= io.rank; j += C) dots_block<R, C>(io, row, j);
   for (; j < io.rank; ++j) dots_block<R, 1>(io, row, j);
@@ -115,19 +108,6 @@ void dots(const Dots<float>& io) {
   int64_t row = 0;
   for (; row + 4 <= io.rows; row += 4) dots_rows<4>(io, row);
   for (; row < io.rows; ++row) dots_rows<1>(io, row);
-}
-
-void product(const Product<double>& io) {
-  for (int64_t i = 0; i < io.rows; ++i) {
-    for (int64_t c = 0; c < io.columns; ++c) {
-      double sum = 0;
-      for (int64_t j = 0; j < io.depth; ++j) {
-        sum += io.x[i * io.x_row + j * io.x_column] * io.p[j * io.p_row + c];
-      }
-      double& to = io.out[i * io.out_row + c];
-      to = io.scale * sum + (io.add ? to : 0.0);
-    }
-  }
 }
 
 void dots(const Dots<double>& io) {
