@@ -16,10 +16,11 @@ import torch
 from peftkern import _native
 from peftkern._verdict import Case, Verdict
 from peftkern.info import info
+from peftkern.onebit.cases import cases as onebit_cases
 from peftkern.qlora.cases import cases as qlora_cases
 
 # A family adds its own here: from a device to its cases.
-FAMILIES: tuple[Callable[[torch.device], Iterator[Case]], ...] = (qlora_cases,)
+FAMILIES: tuple[Callable[[torch.device], Iterator[Case]], ...] = (qlora_cases, onebit_cases)
 
 
 @dataclass(frozen=True)

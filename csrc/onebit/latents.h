@@ -95,19 +95,25 @@ class Latents {
 
   // statistics [n, 2], in the type of the sums.
   void measure(void* statistics) const {
-    std::vector<double> sums(static_cast<size_t>(first_.back()));
-    for (const bool squares : {false, true}) {
-      for_each_part([&](size_t m, int64_t begin, int64_t end) {
-        with(m, [&](const auto& typed, auto* type) {
-          using A = SumOf<std::remove_pointer_t<decltype(type)>>;
-          const A mean = squares ? static_cast<const A*>(statistics)[2 * m] : 0;
-          typed.sums(data<decltype(type)>(m), count(m), mean, squares, begin, end,
-                     sums.data() + first_[m]);
-        });
+    std::vector<double> sums(static_cast<size_t>(2 * first_.back()));
+    const auto add = [&](bool squares, size_t m, int64_t begin, int64_t end) {
+      with(m, [&](const auto& typed, auto* type) {
+        using A = SumOf<std::remove_pointer_t<decltype(type)>>;
+        const A mean = squares ? static_cast<const A*>(statistics)[2 * m] : 0;
+        typed.sums(data<decltype(type)>(m), count(m), mean, squares, begin, end,
+                   sums.data() + 2 * first_[m]);
       });
-      for (size_t m = 0; m < weights_.size(); ++m)
-        finish(m, total(sums, m, 0, 1), squares, statistics);
-    }
+    };
+    const auto finish = [&](bool squares, size_t m) {
+      const double n = static_cast<double>(std::max<int64_t>(count(m), 1));
+      with(m, [&](const auto&, auto* type) {
+        using A = SumOf<std::remove_pointer_t<decltype(type)>>;
+        A* to = static_cast<A*>(statistics) + 2 * m;
+        if (!squares) to[0] = static_cast<A>(total(sums, m, 0) / n);
+        if (squares) to[1] = spread(to[0], total(sums, m, 0), total(sums, m, 1), n);
+      });
+    };
+    in_two_passes(add, finish);
   }
 
   // W of each into memory of its dtype.
@@ -121,31 +127,57 @@ class Latents {
     });
   }
 
-  // The gradient of each, into memory of its dtype, from that of W in the type of the sums.
+  // The gradient of each, into memory of its dtype, from that of W in the type of the sums; of
+  // those that have one.
   void slope(const std::vector<const void*>& grads, const std::vector<void*>& out) const {
     std::vector<double> sums(static_cast<size_t>(2 * first_.back()));
-    for (const bool summed : {false, true}) {
-      for_each_part([&](size_t m, int64_t begin, int64_t end) {
-        with(m, [&](const auto& typed, auto* type) {
-          using A = SumOf<std::remove_pointer_t<decltype(type)>>;
-          const auto* weight = data<decltype(type)>(m);
-          const auto* grad = static_cast<const A*>(grads[m]);
-          const Quantizer<A> by = quantizer(row<A>(m), bits_);
-          Slopes<A> at = slopes(row<A>(m), bits_);
-          if (!summed) {
-            typed.slope_sums(grad, weight, by, at, count(m), begin, end,
-                             sums.data() + 2 * first_[m]);
-            return;
-          }
-          take_sums(at, row<A>(m), total(sums, m, 0, 2), total(sums, m, 1, 2), count(m));
-          typed.slope(grad, weight, by, at, begin * kPiece, std::min(end * kPiece, count(m)),
-                      static_cast<decltype(type)>(out[m]));
-        });
-      });
-    }
+    in_two_passes(
+        [&](bool summed, size_t m, int64_t begin, int64_t end) {
+          if (!grads[m]) return;
+          with(m, [&](const auto& typed, auto* type) {
+            using A = SumOf<std::remove_pointer_t<decltype(type)>>;
+            const auto* weight = data<decltype(type)>(m);
+            const auto* grad = static_cast<const A*>(grads[m]);
+            const Quantizer<A> by = quantizer(row<A>(m), bits_);
+            Slopes<A> at = slopes(row<A>(m), bits_);
+            if (!summed) {
+              typed.slope_sums(grad, weight, by, at, count(m), begin, end,
+                               sums.data() + 2 * first_[m]);
+              return;
+            }
+            take_sums(at, row<A>(m), total(sums, m, 0), total(sums, m, 1), count(m));
+            typed.slope(grad, weight, by, at, begin * kPiece, std::min(end * kPiece, count(m)),
+                        static_cast<decltype(type)>(out[m]));
+          });
+        },
+        [](bool, size_t) {});
   }
 
  private:
+  // f(second pass, matrix, first piece, last), and after each pass over a matrix g(second, matrix).
+  // Of many, a thread has whole ones, and both passes over one follow each other: the second finds
+  // it in a core's cache.
+  template <typename Function, typename Finish>
+  void in_two_passes(const Function& f, const Finish& g) const {
+    constexpr size_t kMany = 16;
+    const auto count = static_cast<int64_t>(weights_.size());
+    if (weights_.size() >= kMany) {
+      parallel(count, first_.back() / count * kPiece, [&](int64_t begin, int64_t end) {
+        for (auto m = static_cast<size_t>(begin); m < static_cast<size_t>(end); ++m) {
+          for (const bool second : {false, true}) {
+            f(second, m, int64_t{0}, first_[m + 1] - first_[m]);
+            g(second, m);
+          }
+        }
+      });
+      return;
+    }
+    for (const bool second : {false, true}) {
+      for_each_part([&](size_t m, int64_t begin, int64_t end) { f(second, m, begin, end); });
+      for (size_t m = 0; m < weights_.size(); ++m) g(second, m);
+    }
+  }
+
   // f(matrix, first piece, last) for parts of matrices, in parallel.
   template <typename Function>
   void for_each_part(const Function& f) const {
@@ -172,29 +204,20 @@ class Latents {
   const A* row(size_t m) const {
     return reinterpret_cast<const A*>(statistics_) + 2 * m;
   }
-  double total(const std::vector<double>& sums, size_t m, int64_t offset, int64_t stride) const {
+  // Of a sum of pieces, two of which go side by side.
+  double total(const std::vector<double>& sums, size_t m, int64_t which) const {
     double sum = 0;
-    for (int64_t p = first_[m]; p < first_[m + 1]; ++p) {
-      sum += sums[static_cast<size_t>(p * stride + offset)];
-    }
+    for (int64_t p = first_[m]; p < first_[m + 1]; ++p) sum += sums[2 * p + which];
     return sum;
   }
 
-  void finish(size_t m, double sum, bool squares, void* statistics) const {
-    with(m, [&](const auto&, auto* type) {
-      using A = SumOf<std::remove_pointer_t<decltype(type)>>;
-      A* to = static_cast<A*>(statistics) + 2 * m;
-      const int64_t n = count(m);
-      if (!squares) {
-        *to = n ? static_cast<A>(sum / static_cast<double>(n)) : 0;
-        return;
-      }
-      const A std =
-          static_cast<A>(std::sqrt(sum / static_cast<double>(std::max<int64_t>(n - 1, 1))));
-      const A rounding = static_cast<A>(kRounding) * std::numeric_limits<A>::epsilon() *
-                         std::max<A>(1, std::abs(*to));
-      to[1] = std <= rounding ? 0 : std;
-    });
+  // The std, from the sums of w - mean and of its squares; the first is what rounding left in mean.
+  template <typename A>
+  static A spread(A mean, double first, double second, double n) {
+    const double squares = second - first * first / n;
+    const A std = static_cast<A>(std::sqrt((squares < 0 ? 0 : squares) / std::max(n - 1, 1.0)));
+    const A rounding = static_cast<A>(kRounding) * std::numeric_limits<A>::epsilon();
+    return std <= rounding * std::max<A>(1, std::abs(mean)) ? 0 : std;
   }
 
   std::vector<Matrix> weights_;

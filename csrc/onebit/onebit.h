@@ -69,7 +69,7 @@ struct Slopes {
 // T: the weight's type, A: that of its sums.
 template <typename T, typename A>
 struct TypedKernels {
-  // sums[p] of piece p: that of w, or of (w - mean)^2 where `squares`. Pieces [begin, end).
+  // sums[2 p], sums[2 p + 1] of piece p: of w - mean; and of its square where asked for, else 0.
   void (*sums)(const T* weight, int64_t count, A mean, bool squares, int64_t begin, int64_t end,
                double* sums);
   // out[i] = W[i] of elements [begin, end), where out and weight begin at element 0.

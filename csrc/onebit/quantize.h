@@ -146,17 +146,29 @@ PEFTKERN_INLINE F first_lanes(F v, int64_t n) {
 }
 PEFTKERN_INLINE double first_lanes(double v, int64_t) { return v; }
 
+template <bool kSquares, typename T, typename A>
+PEFTKERN_INLINE void piece_sums(const T* weight, int64_t begin, int64_t end, A mean, double* to) {
+  using V = typename Lanes<T>::Vector;
+  Sum<V> first, second;
+  for_each_vector<T>(begin, end, [&](int v, int64_t i, int64_t n) {
+    const V above = first_lanes(take(weight + i, n) - mean, n);
+    Sum<V>::add(first, v, above);
+    if constexpr (kSquares) Sum<V>::add(second, v, above * above);
+  });
+  to[0] = Sum<V>::total(first);
+  to[1] = Sum<V>::total(second);
+}
+
 template <typename T, typename A>
 void sums(const T* weight, int64_t count, A mean, bool squares, int64_t begin, int64_t end,
           double* sums) {
-  using V = typename Lanes<T>::Vector;
   for (int64_t p = begin; p < end; ++p) {
-    Sum<V> sum;
-    for_each_vector<T>(p * kPiece, min(count, (p + 1) * kPiece), [&](int v, int64_t i, int64_t n) {
-      const V above = first_lanes(take(weight + i, n) - mean, n);
-      Sum<V>::add(sum, v, squares ? above * above : above);
-    });
-    sums[p] = Sum<V>::total(sum);
+    const int64_t first = p * kPiece, last = min(count, first + kPiece);
+    if (squares) {
+      piece_sums<true>(weight, first, last, mean, sums + 2 * p);
+    } else {
+      piece_sums<false>(weight, first, last, mean, sums + 2 * p);
+    }
   }
 }
 

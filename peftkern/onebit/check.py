@@ -20,6 +20,11 @@ def bits(value: int) -> None:
 
 def latent(name: str, weight: Tensor) -> None:
     """A matrix whose mean and std are to be taken."""
+    if (
+        isinstance(weight, Tensor) and weight.dtype in _check.FLOATS and weight.dim() == 2
+        and weight.is_contiguous() and weight.numel()
+    ):  # fmt: skip
+        return
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(weight).__name__}")
     _check.dtype(name, weight)

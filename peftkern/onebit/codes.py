@@ -118,10 +118,12 @@ def statistics(weights: Sequence[Tensor]) -> Tensor:
     if not weights:
         raise ValueError("weights must hold a Tensor at least, got none")
     for i, weight in enumerate(weights):
-        check.latent(f"weights[{i}]", weight)
-        _check.device(f"weights[{i}]", weight, weights[0])
+        name = f"weights[{i}]"
+        check.latent(name, weight)
+        _check.device(name, weight, weights[0])
     check.statistics(None, weights)
-    return statistics_op([w.detach() for w in weights])  # type: ignore[no-any-return]
+    with torch.no_grad():
+        return statistics_op(weights)  # type: ignore[no-any-return]
 
 
 def quantized(weight: Tensor, bits: int = 1, statistics: Tensor | None = None) -> Tensor:

@@ -39,9 +39,18 @@ def dequantize(
     return reference.dequantize(packed, statistics, bits, width).to(dtype)
 
 
+def laid_out_bytes(packed: Tensor, bits: int, width: int) -> int:
+    """On the CPU of whole words and of tiles of 16 rows, elsewhere of the canonical bytes."""
+    if packed.device.type != "cpu":
+        return packed.numel()
+    return -(-packed.shape[0] // 16) * 16 * (-(-width * bits // 32) * 4)
+
+
 def lay_out(packed: Tensor, bits: int, width: int) -> Tensor:
     """The canonical bytes: what follows has no kernel either."""
-    return packed.reshape(-1).clone()
+    out = packed.new_zeros(laid_out_bytes(packed, bits, width))
+    out[: packed.numel()] = packed.flatten()
+    return out
 
 
 def linear(
@@ -49,7 +58,8 @@ def linear(
 ) -> Tensor:
     sums = torch.promote_types(x.dtype, torch.float32)
     width = x.shape[-1]
-    packed = laid_out.view(rows, -1) if laid_out.numel() else laid_out.view(rows, 0)
+    size = (width * bits + 7) // 8
+    packed = laid_out[: rows * size].view(rows, size)
     weight = reference.dequantize(packed, statistics, bits, width).to(sums)
     y = x.to(sums) @ weight.t()
     return (y if bias is None else y + bias.to(sums)).to(x.dtype)

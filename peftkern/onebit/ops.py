@@ -22,7 +22,7 @@ from peftkern.qlora.ops import operand
 # A bijection: the same codes in the order in which the device's `onebit_linear` reads them.
 _native.define(
     "onebit_lay_out(Tensor packed, int bits, int width) -> Tensor",
-    lambda packed, bits, width: packed.new_empty(packed.numel()),
+    lambda packed, bits, width: packed.new_empty(fallback.laid_out_bytes(packed, bits, width)),
     fallback.lay_out,
 )
 _native.register_triton("onebit", "lay_out")
@@ -62,10 +62,11 @@ class _Latent(torch.autograd.Function):
         dense = codes.quantize_op([weight], statistics, ctx.bits)[0] if needs[0] else weight
         # As wide as sums are, so that the gradient of a 16-bit weight is rounded once.
         wide = dense.to(statistics.dtype)
-        layout, rank = operand(wide)[1], grad.new_empty(grad.numel() // max(1, len(weight)), 0)
+        rows, sums = math.prod(grad.shape[:-1]), torch.promote_types(grad.dtype, torch.float32)
+        layout, none = operand(wide)[1], grad.new_empty(rows, 0, dtype=sums)
         found = iter(
             torch.ops.peftkern.qlora_linear_bwd(
-                grad.contiguous(), x, rank.to(statistics.dtype), [wide], layout, bias, None, None,
+                grad.contiguous(), x, none, [wide], layout, bias, None, None,
                 1.0, 0.0, None, None, None, [*needs, False, False],
             )
         )  # fmt: skip
