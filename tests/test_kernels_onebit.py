@@ -28,6 +28,15 @@ def matrices(shapes, dtype=torch.float32, mean=0.0):
     return [(torch.randn(shape) * 0.02 + mean).to(dtype) for shape in shapes]
 
 
+def assert_statistics(found, weights):
+    """Within four roundings: of a single number, plain torch's own loss says nothing."""
+    for row, weight in zip(found.double(), weights, strict=True):
+        mean, std = reference.statistics(weight.double())
+        sizes = torch.stack([mean.abs() + std, std])
+        error = (row - torch.stack([mean, std])).abs()
+        assert (error <= 4 * torch.finfo(torch.float32).eps * sizes).all(), error / sizes
+
+
 @given(
     shapes=st.lists(st.tuples(SIZES, SIZES), min_size=1, max_size=4),
     dtype=DTYPES,
@@ -37,9 +46,7 @@ def test_statistics_are_the_reference(device, shapes, dtype, mean):
     weights = on(device, *matrices(shapes, dtype, mean))
     found = triton_onebit.statistics(weights)
     assert found.dtype == torch.float32
-    for row, weight in zip(found, weights, strict=True):
-        for which in (0, 1):
-            assert_as_good(row[which], lambda w, i=which: reference.statistics(w)[i], weight)
+    assert_statistics(found, weights)
 
 
 @pytest.mark.parametrize("mean", [0.0, 20.0])
@@ -48,9 +55,7 @@ def test_parts_of_a_large_matrix_make_its_statistics(device, mean, monkeypatch):
     found = triton_onebit.statistics(weights)
     monkeypatch.setattr(latents, "BLOCK_PARTS", 2)
     for by_parts in (found, triton_onebit.statistics(weights)):
-        for row, weight in zip(by_parts, weights, strict=True):
-            for which in (0, 1):
-                assert_as_good(row[which], lambda w, i=which: reference.statistics(w)[i], weight)
+        assert_statistics(by_parts, weights)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # numpy, of the infinite
