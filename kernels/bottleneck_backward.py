@@ -72,7 +72,7 @@ def linear_bwd_kernel(
     gate_ptr,  # [1], or None
     onto_ptr,  # grad where the residual is x, else None
     norm_weight_ptr,  # [columns], or None
-    statistics_ptr,  # [2, rows] float32, see norm_statistics_kernel
+    statistics_ptr,  # [2, rows] float32, see statistics_kernel
     norm_sums_ptr,  # [2, rank] float32, see norm_sums_kernel
     grad_hidden_ptr,  # [rows, rank] float32
     grad_x_ptr,  # [rows, columns], or None
@@ -176,7 +176,7 @@ def grad_x_kernel(
     down_ptr,  # [rank, columns]
     onto_ptr,  # grad where the residual is x, else None
     norm_weight_ptr,  # [columns], or None
-    statistics_ptr,  # [2, rows] float32, see norm_statistics_kernel
+    statistics_ptr,  # [2, rows] float32, see statistics_kernel
     means_ptr,  # [2, rows] float32, see grad_hidden_kernel
     grad_x_ptr,  # [rows, columns]
     rows,

@@ -67,7 +67,7 @@ def load_statistics(statistics_ptr, m, inside, rows):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def norm_statistics_kernel(
+def statistics_kernel(
     x_ptr,  # [rows, columns]
     out_ptr,  # [2, rows] float32: means, then deviations
     rows,
@@ -123,7 +123,7 @@ def statistics_of(x: Tensor, eps: float) -> Tensor:
     """Mean and deviation of each row, float32 `[2, rows]`."""
     out = x.new_empty(2, len(x), dtype=torch.float32)
     if len(x):
-        norm_statistics_kernel[(triton.cdiv(len(x), BLOCK_ROWS),)](
+        statistics_kernel[(triton.cdiv(len(x), BLOCK_ROWS),)](
             x, out, *x.shape, eps, BLOCK_M=BLOCK_ROWS, BLOCK_K=BLOCK_COLUMNS
         )
     return out

@@ -98,7 +98,7 @@ def grad_down_kernel(
     down_ptr,  # [rank, columns], as all parameters of any float dtype
     norm_weight_ptr,  # [columns], or None
     norm_bias_ptr,  # [columns], or None
-    statistics_ptr,  # [2, rows] float32, see norm_statistics_kernel, or None: no norm
+    statistics_ptr,  # [2, rows] float32, see statistics_kernel, or None: no norm
     down_parts_ptr,  # [strips, rank, columns] float32, or None
     bias_parts_ptr,  # [strips, rank] float32, or None
     norm_parts_ptr,  # [2, chunks, strips, columns] float32: of weight, then of bias; or None

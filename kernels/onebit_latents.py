@@ -69,7 +69,7 @@ def _store_statistics(statistics_ptr, matrix, mean, squares, count):
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=ANY_ADDRESS)
-def statistics_kernel(
+def moments_kernel(
     weight_ptrs,  # of each matrix, [counts], float32, bfloat16 or float16
     counts,
     statistics_ptr,  # [matrices, 2] float32
@@ -105,9 +105,9 @@ def statistics_kernel(
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=ANY_ADDRESS)
-def statistics_parts_kernel(
+def moments_parts_kernel(
     counts,
-    parts_ptr,  # [matrices, parts, 2] float32, as statistics_kernel leaves them
+    parts_ptr,  # [matrices, parts, 2] float32, as moments_kernel leaves them
     statistics_ptr,  # [matrices, 2] float32
     parts,
     BLOCK: tl.constexpr,  # weights of a part
@@ -254,12 +254,12 @@ def statistics(weights: Sequence[Tensor]) -> Tensor:
         counts = _counts(weights[cut])
         parts = max(triton.cdiv(max(counts), BLOCK_PART), 1)
         found = out.new_empty(len(counts), parts, 2) if parts > 1 else None
-        statistics_kernel[(len(counts), parts)](
+        moments_kernel[(len(counts), parts)](
             tuple(weights[cut]), counts, out[cut], found, parts,
             BLOCK=BLOCK_PART, num_warps=PART_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
         if found is not None:
-            statistics_parts_kernel[(len(counts),)](
+            moments_parts_kernel[(len(counts),)](
                 counts, found, out[cut], parts,
                 BLOCK=BLOCK_PART, BLOCK_PARTS=BLOCK_PARTS, enable_fp_fusion=False,
             )  # fmt: skip

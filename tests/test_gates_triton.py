@@ -68,11 +68,11 @@ GATES = {
     "grad_up_kernel": Gate(255, 88 * KB, (MATRIX, COPY, WRITE)),
     # Spills for sm80: some in Triton 3.6, and more where there is a norm's gradient to be made.
     "grad_down_kernel": Gate(255, 104 * KB, (MATRIX, COPY, WRITE), stack=128),
-    "norm_statistics_kernel": Gate(80, KB, (READ,)),
+    "statistics_kernel": Gate(80, KB, (READ,)),
     "norm_sums_kernel": Gate(64, KB, (READ,)),
     # All registers that so many lanes can have: a matrix lies in them.
-    "statistics_kernel": Gate(128, KB),
-    "statistics_parts_kernel": Gate(64, KB),
+    "moments_kernel": Gate(128, KB),
+    "moments_parts_kernel": Gate(64, KB),
     "quantize_kernel": Gate(72, KB, (READ, WRITE)),
     "quantize_sums_kernel": Gate(184, KB),
     "quantize_bwd_kernel": Gate(80, KB, (READ, WRITE)),

@@ -28,6 +28,15 @@ def matrices(shapes, dtype=torch.float32, mean=0.0):
     return [(torch.randn(shape) * 0.02 + mean).to(dtype) for shape in shapes]
 
 
+def assert_statistics(found, weights):
+    """Within four roundings: of a single number, plain torch's own loss says nothing."""
+    for row, weight in zip(found.double(), weights, strict=True):
+        mean, std = reference.statistics(weight.double())
+        sizes = torch.stack([mean.abs() + std, std])
+        error = (row - torch.stack([mean, std])).abs()
+        assert (error <= 4 * torch.finfo(torch.float32).eps * sizes).all(), error / sizes
+
+
 @given(
     shapes=st.lists(st.tuples(SIZES, SIZES), min_size=1, max_size=4),
     dtype=DTYPES,
@@ -37,9 +46,7 @@ def test_statistics_are_the_reference(device, shapes, dtype, mean):
     weights = on(device, *matrices(shapes, dtype, mean))
     found = triton_onebit.statistics(weights)
     assert found.dtype == torch.float32
-    for row, weight in zip(found, weights, strict=True):
-        for which in (0, 1):
-            assert_as_good(row[which], lambda w, i=which: reference.statistics(w)[i], weight)
+    assert_statistics(found, weights)
 
 
 @pytest.mark.parametrize("mean", [0.0, 20.0])
@@ -48,19 +55,20 @@ def test_parts_of_a_large_matrix_make_its_statistics(device, mean, monkeypatch):
     found = triton_onebit.statistics(weights)
     monkeypatch.setattr(latents, "BLOCK_PARTS", 2)
     for by_parts in (found, triton_onebit.statistics(weights)):
-        for row, weight in zip(by_parts, weights, strict=True):
-            for which in (0, 1):
-                assert_as_good(row[which], lambda w, i=which: reference.statistics(w)[i], weight)
+        assert_statistics(by_parts, weights)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # numpy, of the infinite
 def test_what_has_no_spread_has_no_std_and_what_is_not_finite_spoils_both(device):
-    weights = [torch.full((4, 4), 0.3), torch.zeros(3, 2), torch.full((2, 70), -1e4)]
+    # The mean of neither is that number in float32, and its square is left as a std.
+    weights = [torch.full((3, 37), 0.3), torch.zeros(3, 2), torch.full((25, 40), -1e4 / 3)]
     weights += [torch.ones(1, 1), torch.zeros(0, 3), torch.tensor([[1, torch.inf]])]
     weights = on(device, *weights, torch.tensor([[0, torch.nan]]))
     found = triton_onebit.statistics(weights).cpu()
     assert (found[:5, 1] == 0).all() and torch.isnan(found[5:, 1]).all()
-    torch.testing.assert_close(found[:5, 0], torch.tensor([0.3, 0, -1e4, 1, 0]), rtol=1e-7, atol=0)
+    torch.testing.assert_close(
+        found[:5, 0], torch.tensor([0.3, 0, -1e4 / 3, 1, 0]), rtol=2e-7, atol=0
+    )
     assert not found[5:, 0].isfinite().any()
 
 
@@ -129,7 +137,7 @@ class Counted:
 
 @pytest.mark.parametrize("most", [96, 2])
 def test_one_launch_serves_all_matrices_of_a_dtype(device, most, monkeypatch):
-    names = ["statistics", "statistics_parts", "quantize", "quantize_sums", "quantize_bwd"]
+    names = ["moments", "moments_parts", "quantize", "quantize_sums", "quantize_bwd"]
     kernels = [Counted(getattr(latents, f"{name}_kernel")) for name in names]
     for name, kernel in zip(names, kernels, strict=True):
         monkeypatch.setattr(latents, f"{name}_kernel", kernel)
