@@ -4,16 +4,8 @@
 #include "bottleneck/activations.h"
 #include "bottleneck/panels.h"
 #include "bottleneck/rows.h"
-#include "common/kernels.h"
 
 namespace peftkern::bottleneck::PEFTKERN_ISA {
-
-PEFTKERN_INLINE const SumKernels<float>& sums(float) {
-  return peftkern::PEFTKERN_ISA::shared_kernels.sums_f32;
-}
-PEFTKERN_INLINE const SumKernels<double>& sums(double) {
-  return peftkern::PEFTKERN_ISA::shared_kernels.sums_f64;
-}
 
 // to += left^T right, of `rows` rows.
 template <typename Acc>

@@ -50,8 +50,8 @@ struct Norm {
 template <typename T, typename Acc>
 struct Forward {
   const T* x;
-  const Acc* down;       // packed: depth inputs, columns rank, kNarrow
-  const Acc* up;         // packed: depth rank, columns outputs, kWide
+  const Acc* down;       // packed: depth inputs, columns rank, kNarrow; of few rows as it lies
+  const Acc* up;         // packed: depth rank, columns outputs, kWide; of few rows as it lies
   const Acc* bias_down;  // [rank], or null
   const Acc* bias_up;    // [outputs], times the scale, or null
   const T* residual;     // [rows, outputs], or null
@@ -62,6 +62,7 @@ struct Forward {
   Activation activation;
   Norm<Acc> norm;
   Drop drop;
+  bool few;  // rows, fewer than kFewRows: to pack the factors would cost more than the work
 };
 
 // A null pointer is a gradient that nobody asked for. What is summed up over rows is added to what
@@ -112,8 +113,8 @@ struct Kernels {
 
 // Rows that pass through the kernels together: what they take stays in a core's cache.
 inline constexpr int64_t kTileRows = 48;
-constexpr int64_t forward_buffer(int64_t inputs, int64_t rank) {
-  return kTileRows * (inputs + rank);
+constexpr int64_t forward_buffer(int64_t inputs, int64_t rank, int64_t outputs, bool few) {
+  return kTileRows * (inputs + rank + (few ? outputs : 0));
 }
 constexpr int64_t backward_buffer(int64_t inputs, int64_t rank, int64_t outputs) {
   return kTileRows * (3 * inputs + 2 * rank + outputs + 1);

@@ -25,21 +25,31 @@ void forward_tile(const Forward<T, Acc>& io, int64_t begin, int64_t rows, Acc* b
   Acc* active = buffer + rows * inputs;
   const Acc* z = normed(io.x + begin * inputs, rows, inputs, io.norm, buffer);
   Acc* hidden = io.hidden + begin * rank;
-  for_each_sum<kNarrow>(Left<Acc>{z, inputs, rows}, io.down, inputs, rank, Acc(1),
-                        [&](int64_t row, int64_t c, auto v, int64_t n) {
-                          if (io.bias_down) v += read(io.bias_down + c, n);
-                          write(hidden + row * rank + c, v, n);
-                        });
+  const Left<Acc> left{z, inputs, rows};
+  const auto finish_hidden = [&](int64_t row, int64_t c, auto v, int64_t n) {
+    if (io.bias_down) v += read(io.bias_down + c, n);
+    write(hidden + row * rank + c, v, n);
+  };
+  if (io.few) {
+    for_each_dot(left, io.down, inputs, rank, Acc(1), hidden, finish_hidden);
+  } else {
+    for_each_sum<kNarrow>(left, io.down, inputs, rank, Acc(1), finish_hidden);
+  }
   activate(io.activation, hidden, rows * rank, active);
   drop_rows(io.drop, active, begin, rows, rank);
   T* y = io.y + begin * outputs;
   const T* residual = io.residual ? io.residual + begin * outputs : nullptr;
-  for_each_sum<kWide>(Left<Acc>{active, rank, rows}, io.up, rank, outputs, io.scale,
-                      [&](int64_t row, int64_t c, auto v, int64_t n) {
-                        if (io.bias_up) v += read(io.bias_up + c, n);
-                        if (residual) v = read(residual + row * outputs + c, n) + v;
-                        write(y + row * outputs + c, v, n);
-                      });
+  const Left<Acc> right{active, rank, rows};
+  const auto finish_y = [&](int64_t row, int64_t c, auto v, int64_t n) {
+    if (io.bias_up) v += read(io.bias_up + c, n);
+    if (residual) v = read(residual + row * outputs + c, n) + v;
+    write(y + row * outputs + c, v, n);
+  };
+  if (io.few) {
+    for_each_dot(right, io.up, rank, outputs, io.scale, active + rows * rank, finish_y);
+  } else {
+    for_each_sum<kWide>(right, io.up, rank, outputs, io.scale, finish_y);
+  }
 }
 
 template <typename T, typename Acc>

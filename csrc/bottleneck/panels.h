@@ -2,9 +2,17 @@
 #pragma once
 #include "bottleneck/bottleneck.h"
 #include "common/blocks.h"
+#include "common/kernels.h"
 
 namespace peftkern::bottleneck::PEFTKERN_ISA {
 using namespace peftkern::PEFTKERN_ISA;
+
+PEFTKERN_INLINE const SumKernels<float>& sums(float) {
+  return peftkern::PEFTKERN_ISA::shared_kernels.sums_f32;
+}
+PEFTKERN_INLINE const SumKernels<double>& sums(double) {
+  return peftkern::PEFTKERN_ISA::shared_kernels.sums_f64;
+}
 
 template <typename Acc>
 void pack(const Packing<Acc>& io, int64_t begin, int64_t end, Acc* packed) {
@@ -87,6 +95,20 @@ PEFTKERN_INLINE void for_each_sum(const Left<Acc>& left, const Acc* packed, int6
     for (; c < end; c += kLanes) {
       panel_rows<kRegisters, 1>(left, packed + c - first, kWidth, depth, 0, c, columns, scale,
                                 finish);
+    }
+  }
+}
+
+// The same of few rows, for a factor [columns, depth] as it lies; `dots` holds [rows, columns].
+template <typename Acc, typename Finish>
+PEFTKERN_INLINE void for_each_dot(const Left<Acc>& left, const Acc* factor, int64_t depth,
+                                  int64_t columns, Acc scale, Acc* dots, const Finish& finish) {
+  constexpr int64_t kLanes = Vector<Acc>::lanes;
+  sums(Acc{}).dots({left.x, left.row, factor, dots, columns, left.rows, columns, depth});
+  for (int64_t row = 0; row < left.rows; ++row) {
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      const int64_t n = min(columns - c, kLanes);
+      finish(row, c, read(dots + row * columns + c, n) * scale, n);
     }
   }
 }

@@ -64,9 +64,14 @@ void run(const TypedKernels<T, Acc>& typed, const Problem& p, const Matrix& hidd
     for (int64_t i = 0; i < outputs; ++i) bias_up[i] = scale * given[i];
   }
   const Matrix& residual = p.onto_x ? p.x : p.residual;
+  const bool few = p.x.rows < kFewRows;
+  const auto factor = [&](const Matrix& lies, int64_t width) {
+    if (few) return vector_of<Acc>(lies, p.sums(), scratch);
+    return packed<Acc>(lies.transposed(), width, p.sums(), scratch);
+  };
   const Forward<T, Acc> io{reinterpret_cast<const T*>(p.x.data),
-                           packed<Acc>(p.down.transposed(), kNarrow, p.sums(), scratch),
-                           packed<Acc>(p.up.transposed(), kWide, p.sums(), scratch),
+                           factor(p.down, kNarrow),
+                           factor(p.up, kWide),
                            vector_of<Acc>(p.bias_down, p.sums(), scratch),
                            bias_up,
                            reinterpret_cast<const T*>(residual.data),
@@ -78,12 +83,13 @@ void run(const TypedKernels<T, Acc>& typed, const Problem& p, const Matrix& hidd
                            scale,
                            p.activation,
                            norm_of<Acc>(p, scratch),
-                           drop_of(p.dropout)};
+                           drop_of(p.dropout),
+                           few};
   constexpr int64_t kRows = 8;  // a block of them goes through registers together
   parallel((p.x.rows + kRows - 1) / kRows, kRows * rank * (inputs + outputs),
            [&](int64_t begin, int64_t end) {
              Scratch piece;
-             Acc* buffer = piece.take<Acc>(forward_buffer(inputs, rank));
+             Acc* buffer = piece.take<Acc>(forward_buffer(inputs, rank, outputs, few));
              typed.forward(io, begin * kRows, std::min(end * kRows, p.x.rows), buffer);
            });
 }

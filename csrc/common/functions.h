@@ -1,5 +1,5 @@
-// exp, tanh and erf of a vector, to one or two units in the last place; doubles go to the C library.
-// The polynomials are our own fits, to the error named beside each.
+// exp, tanh and erf of a vector, to one or two units in the last place; doubles go to the C
+// library. The polynomials are our own fits, to the error named beside each.
 #pragma once
 #include <math.h>
 
@@ -60,7 +60,7 @@ PEFTKERN_INLINE F erf(F x) {
   p = fma(p, square, splat(0.128379166f));
   const F small = fma(p, x, x);
   const F t = choose(size > splat(4.2f), splat(4.2f), size);  // from there on it rounds to 1
-  F q = splat(-0.000194946871f);  // 1 - exp(-t - q(t)): 2e-9
+  F q = splat(-0.000194946871f);                              // 1 - exp(-t - q(t)): 2e-9
   q = fma(q, t, splat(0.00303369341f));
   q = fma(q, t, splat(-0.0221897811f));
   q = fma(q, t, splat(0.103856385f));

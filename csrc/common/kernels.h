@@ -36,6 +36,10 @@ struct Dots {
   int64_t rows, rank, columns;
 };
 
+// x a^T by dots where x has fewer rows than this; else by a product with a^T, for which a is
+// copied.
+inline constexpr int64_t kFewRows = 32;
+
 template <typename T>
 struct SumKernels {
   void (*product)(const Product<T>& io);

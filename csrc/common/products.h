@@ -34,4 +34,53 @@ inline void dots(const Matrix& out, const Matrix& x, const Matrix& a) {
   });
 }
 
+// a^T in memory of its own.
+inline Matrix transposed_copy(const Matrix& a, Scratch& scratch) {
+  void* memory = scratch.take_bytes(a.rows * a.columns * size_of(a.dtype));
+  const Matrix to = Matrix::dense(memory, a.dtype, a.columns, a.rows);
+  with_sums(a.dtype, [&](const auto&, auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    parallel(a.columns, 4 * a.rows, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        T* out = static_cast<T*>(to.at(row, 0));
+        for (int64_t c = 0; c < a.rows; ++c) out[c] = *static_cast<const T*>(a.at(c, row));
+      }
+    });
+  });
+  return to;
+}
+
+// x a^T of many rows x, cut into ranges: to the same bits as one product of all rows.
+class TimesTransposed {
+ public:
+  // `rows`: of x, whatever the ranges are.
+  TimesTransposed(const Matrix& a, int64_t rows, Scratch& scratch)
+      : few_(rows < kFewRows), a_(few_ ? a : transposed_copy(a, scratch)) {}
+
+  // out = scale * x a^T, or on top of it.
+  void into(const Matrix& out, const Matrix& x, double scale, bool add) const {
+    if (!few_) return product(out, x, a_, scale, add);
+    if (scale == 1 && !add) return dots(out, x, a_);
+    Scratch scratch;
+    void* memory = scratch.take_bytes(out.rows * out.columns * size_of(out.dtype));
+    const Matrix sum = Matrix::dense(memory, out.dtype, out.rows, out.columns);
+    dots(sum, x, a_);
+    with_sums(out.dtype, [&](const auto&, auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      for (int64_t row = 0; row < out.rows; ++row) {
+        T* to = static_cast<T*>(out.at(row, 0));
+        const T* from = static_cast<const T*>(sum.at(row, 0));
+        for (int64_t c = 0; c < out.columns; ++c) {
+          const T scaled = static_cast<T>(scale) * from[c];
+          to[c] = add ? to[c] + scaled : scaled;
+        }
+      }
+    });
+  }
+
+ private:
+  bool few_;
+  Matrix a_;
+};
+
 }  // namespace peftkern

@@ -12,8 +12,23 @@ void down_of(const Problem& p, const Run& run, const Matrix& down) {
   if (run.adapter < 0) return;
   Scratch scratch;
   const Matrix a = as_dtype(p.a_of(run.adapter), p.sums, scratch);
+  const TimesTransposed times_a(a, run.end - run.begin, scratch);
   for_row_tiles(p, p.x, run.begin, run.end, true, [&](const Matrix& z, int64_t row) {
-    dots(down.part_rows(row, row + z.rows), z, a);
+    times_a.into(down.part_rows(row, row + z.rows), z, 1, false);
+  });
+}
+
+// target = scale * s b^T, on top of a bias: by our own product in the sums' dtype, whose bits
+// depend on neither threads nor library.
+void low_rank(const Problem& p, const Matrix& s, const Matrix& b, const Matrix& target,
+              Scratch& scratch) {
+  if (target.dtype != p.sums) {
+    return multiply(target, s, b.transposed(), p.bias ? 1 : 0, p.scale);
+  }
+  const TimesTransposed times_b(b, s.rows, scratch);
+  parallel(s.rows, s.columns * b.rows, [&](int64_t begin, int64_t end) {
+    times_b.into(target.part_rows(begin, end), s.part_rows(begin, end), p.scale,
+                 p.bias.has_value());
   });
 }
 
@@ -38,7 +53,7 @@ bool start(const Problem& p, const Run* first, const Run* last, const Matrix& do
     if (run->adapter >= 0) {
       const Matrix b = as_dtype(p.b_of(run->adapter).part_rows(n_begin, n_end), out.dtype, piece);
       const Matrix s = as_dtype(down.part_rows(run->begin, run->end), out.dtype, piece);
-      multiply(target, s, b.transposed(), p.bias ? 1 : 0, p.scale);
+      low_rank(p, s, b, target, piece);
     } else if (p.rank && !p.bias) {
       clear(target);
     }
