@@ -2,7 +2,7 @@
 
 from peftkern import bottleneck, onebit, qlora
 from peftkern.adapt import Skipped, adapt, trainable_parameters
-from peftkern.bottleneck import BottleneckAdapter, BottleneckConfig
+from peftkern.bottleneck import BottleneckAdapter, BottleneckConfig, MamConfig, PrefixConfig
 from peftkern.corda import corda
 from peftkern.explain import explain
 from peftkern.files import adapter_state_dict, load_adapter, save_adapter
@@ -18,7 +18,9 @@ __all__ = [
     "BottleneckConfig",
     "Info",
     "LoraConfig",
+    "MamConfig",
     "OneBitConfig",
+    "PrefixConfig",
     "QLoRALinear",
     "Report",
     "Row",

@@ -12,13 +12,13 @@ from torch import Tensor
 from peftkern import _check
 from peftkern._family import Adapter, Config, Parts, Stored, listed
 from peftkern._folder import CONFIG, TENSORS
-from peftkern.bottleneck import BottleneckConfig
+from peftkern.bottleneck import BottleneckConfig, PrefixConfig
 from peftkern.onebit import OneBitConfig
 from peftkern.qlora import LoraConfig
 
 PEFT_TYPE, VERSION = "PEFTKERN", 1
 CONFIGS: dict[str, type[Config]] = {
-    c.method: c for c in (LoraConfig, BottleneckConfig, OneBitConfig)
+    c.method: c for c in (LoraConfig, BottleneckConfig, PrefixConfig, OneBitConfig)
 }
 _DTYPES = (*_check.FLOATS, torch.int64)  # the latter counts the batches of a norm
 

@@ -60,8 +60,8 @@ def bert():
     return model, dict(input_ids=tokens(), attention_mask=mask)
 
 
-def vit():
-    config = T.ViTConfig(**COMMON, image_size=32, patch_size=8)
+def vit(**options):
+    config = T.ViTConfig(**COMMON | dict(image_size=32, patch_size=8) | options)
     return T.ViTForImageClassification(config), dict(pixel_values=drawn(2, 3, 32, 32))
 
 

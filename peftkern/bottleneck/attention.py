@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkern._select import features
 from peftkern.bottleneck.prefix import Heads, Prefix
+from peftkern.qlora.placing import features
 
 NAME = "peftkern_prefix"  # in transformers' table of attention functions
 SERVED = ("eager", "sdpa")  # whose masks are plain tensors, one column a key

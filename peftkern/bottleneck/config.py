@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,16 +10,20 @@ import torch
 from torch import nn
 
 from peftkern import _check, _select
-from peftkern._attached import AttachedAdapter, AttachedConfig, AttachedTarget
-from peftkern.bottleneck import layer, places
+from peftkern._attached import AttachedConfig, AttachedTarget
+from peftkern.bottleneck import places
+from peftkern.bottleneck.conformer import ConformerAdapter
+from peftkern.bottleneck.convolution import ConvAdapter
+from peftkern.bottleneck.layer import BottleneckAdapter, Branch
 from peftkern.bottleneck.reference import ACTIVATIONS
 
+_KINDS = {"linear": BottleneckAdapter, "conv": ConvAdapter, "conformer": ConformerAdapter}
 _CHOICES = {
     "activation": tuple(ACTIVATIONS),
     "mode": ("parallel", "sequential"),
     "place": ("ffn", "attn", "both"),
     "norm": (None, "in", "out"),
-    "kind": ("linear", "conv", "conformer"),
+    "kind": tuple(_KINDS),
 }
 
 
@@ -43,9 +46,14 @@ class BottleneckConfig(AttachedConfig):
         norm: None, a LayerNorm of x ("in"), or one of the branch ("out"), which the residual never
             sees.
         dropout: share of the activation's result that the second product does not see, in [0, 1].
-        kernel: of kinds that have one; None is their own default.
-        repeat: how many of kind "conv" stand one behind the other.
-        kind: "linear"; "conv" on images; "conformer" on sequences.
+        kernel: pixels along an axis that kind "conv" sees at once, 1 where None; tokens that kind
+            "conformer" sees, 31 where None.
+        repeat: how many of kind "conv" stand one behind the other, which is sequential.
+        kind: "linear"; "conv" on images `[batch, channels, height, width]`, of modules that are
+            named; "conformer" on sequences, which has its own activation. `ConvAdapter` and
+            `ConformerAdapter` have their equations; "conv" takes no norm "out", since behind `up`
+            it makes a branch of size 1 of whatever is there.
+        prenorm: of kind "conformer", its own LayerNorm of x.
         target_modules: None for what `place` says; or a list of name endings, or a regular
             expression for the whole name, of modules of any model, which `place` then leaves open.
             Such a module is called with x first, and gives a tensor or a tuple that begins with it.
@@ -72,6 +80,7 @@ class BottleneckConfig(AttachedConfig):
     kernel: int | None = None
     repeat: int = 1
     kind: str = "linear"
+    prenorm: bool = True
     target_modules: str | tuple[str, ...] | list[str] | None = None
     exclude_modules: str | tuple[str, ...] | list[str] = ()
 
@@ -84,21 +93,34 @@ class BottleneckConfig(AttachedConfig):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.rate is not None and not self.rate > 0:
             raise ValueError(f"rate must be above 0, got {self.rate}")
-        if self.kernel is not None and self.kind == "linear":
-            raise ValueError(f"kernel must be None for kind 'linear', got {self.kernel}")
-        if self.repeat > 1 and self.kind != "conv":
-            raise ValueError(f"repeat must be 1 for kind {self.kind!r}, got {self.repeat}")
+        self._check_kind()
         if not math.isfinite(self.scale):
             raise ValueError(f"scale must be finite, got {self.scale}")
         _check.probability("dropout", self.dropout)
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(expression := getattr(self, name), str):
-                try:
-                    re.compile(expression)
-                except re.error as error:
-                    raise ValueError(
-                        f"{name} must be a regular expression, got {expression!r} ({error})"
-                    ) from error
+            _check.expression(name, getattr(self, name))
+
+    def _check_kind(self) -> None:
+        """What a kind has no use for is refused, where it differs from what a field starts as."""
+        allowed: dict[str, tuple[object, ...]] = {}
+        if self.kind == "linear":
+            allowed = {"kernel": (None,), "prenorm": (True,)}
+        elif self.kind == "conv":
+            allowed = {"norm": (None, "in"), "prenorm": (True,)}
+        else:
+            allowed = {"activation": ("relu",), "norm": (None,)}
+        if self.kind != "conv":
+            allowed["repeat"] = (1,)
+        elif self.repeat > 1:
+            allowed["mode"] = ("sequential",)
+        for name, values in allowed.items():
+            if (value := getattr(self, name)) not in values:
+                wanted = " or ".join(map(repr, values))
+                raise ValueError(f"{name} must be {wanted} for kind {self.kind!r}, got {value!r}")
+        if self.kernel is not None and self.kernel < 1:
+            raise ValueError(f"kernel must be at least 1, got {self.kernel}")
+        if self.kind == "conv" and self.target_modules is None:
+            raise ValueError("target_modules must name modules for kind 'conv', got None")
 
     def rank(self, width: int) -> int:
         """On an input of this width."""
@@ -107,7 +129,7 @@ class BottleneckConfig(AttachedConfig):
     def targets(self, model: nn.Module) -> Iterator[AttachedTarget]:
         found = places.by_place(model, self.place)
         if self.target_modules is not None:
-            found = places.by_name(model, self.target_modules)
+            found = places.by_name(model, self.target_modules, self.kind == "conv")
         for place in found:
             if not any(_select.matches(self.exclude_modules, name) for name in place.names):
                 reader = place.reader if self.mode == "parallel" else None
@@ -130,17 +152,15 @@ class BottleneckConfig(AttachedConfig):
 
     def unfit(self, target: AttachedTarget) -> str | None:
         assert target.widths is not None
-        if self.kind not in layer.KINDS:
-            return f"there is no adapter of kind {self.kind!r}"
         if self.rank(target.widths[0]) < 1:
             return f"rate {self.rate:g} leaves no rank of its width {target.widths[0]}"
         return None
 
-    def build(self, target: AttachedTarget, device: torch.device | None) -> AttachedAdapter:
+    def build(self, target: AttachedTarget, device: torch.device | None) -> Branch:
         assert target.widths is not None
         floats = (p.dtype for p in target.module.parameters() if p.is_floating_point())
         dtype = torch.promote_types(next(floats, torch.float32), torch.float32)
-        kind = layer.KINDS[self.kind]
+        kind = _KINDS[self.kind]
         return kind(*target.widths, self, device, dtype).train(target.module.training)
 
 

@@ -3,74 +3,61 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from peftkern._family import Explained
+from peftkern.bottleneck.layer import Branch, behind
 from peftkern.bottleneck.ops import linear
 from peftkern.bottleneck.reference import Norm, normalize
 
+if TYPE_CHECKING:
+    from peftkern.bottleneck.config import BottleneckConfig
 
-class ConvAdapter(nn.Module):
-    """y = residual + scale * (D(act(down * N(x) + bias_down)) up^T + bias_up), at every pixel.
 
-    The bottleneck of Mehta et al., Exploring Adapter Design Tradeoffs for Low Resource Music
-    Generation (2025): `down * x` is a convolution over kernel x kernel pixels, zeros around; `up`
-    is one of 1 x 1; N is a LayerNorm over channels, or nothing; D drops. Theirs has N behind `up`,
-    whose bias is random at the start: N makes a constant of size 1 of it, however small it was.
-    Here `up` and `bias_up` start at 0, and so does the branch.
+class ConvBlock(nn.Module):
+    """residual + scale * (D(act(down * N(x) + bias_down)) up^T + bias_up), at every pixel.
 
-    With a kernel of 1 x 1 it is our op on rows of channels, of which an image in
-    `torch.channels_last` consists as it lies; else torch's convolution, and our op for the rest.
-
-    Args:
-        columns, rows: channels of x and of y.
-        r: channels between, at least 1.
-        like: whose device the parameters start on, at least in float32.
-        kernel: pixels that `down` sees along each axis, at least 1.
-        activation: as for `bottleneck.linear`.
-        scale: of the branch; a parameter with `train_scale`.
-        norm: whether N is there.
-        dropout: share of what `up` reads that it does not see, in [0, 1].
+    `down * x` is a convolution over kernel x kernel pixels, zeros around, N a LayerNorm over
+    channels, or nothing. With a kernel of 1 x 1 it is our op on rows of channels, of which an image
+    in `torch.channels_last` consists as it lies; else torch's convolution, and our op for the rest.
 
     Shape:
         `[batch, columns, height, width]` -> `[batch, rows, height, width]`, in x's dtype and
         memory format.
     """
 
-    scale: nn.Parameter | float
-    identity: Tensor | None
-
     def __init__(
         self,
         columns: int,
         rows: int,
-        r: int,
-        like: Tensor,
-        kernel: int = 1,
-        activation: str = "gelu",
-        scale: float = 1.0,
-        train_scale: bool = False,
-        norm: bool = False,
-        dropout: float = 0.0,
+        config: BottleneckConfig,
+        device: torch.device | None,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        zeros = torch.zeros(0, device=like.device, dtype=dtype).new_zeros
-        self.r, self.kernel, self.activation, self.dropout = r, kernel, activation, dropout
-        self.norm = nn.LayerNorm(columns, device=like.device, dtype=dtype) if norm else None
-        self.down = nn.Parameter(zeros(r, columns, kernel, kernel))
-        self.bias_down = nn.Parameter(zeros(r))
-        self.up = nn.Parameter(zeros(rows, r))
-        self.bias_up = nn.Parameter(zeros(rows))
-        self.scale = nn.Parameter(zeros(1).fill_(scale)) if train_scale else scale
-        # What the convolution leaves goes through our op as it is, for all that is behind it.
-        identity = torch.eye(r).to(self.up) if kernel > 1 else None
-        self.register_buffer("identity", identity, persistent=False)
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        self.config, self.r, self.kernel = config, config.rank(columns), config.kernel or 1
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.down = parameter(self.r, columns, self.kernel, self.kernel)
+        self.bias_down = parameter(self.r)
+        self.up, self.bias_up = parameter(rows, self.r), parameter(rows)
+        norm = nn.LayerNorm(columns, device=device, dtype=dtype) if config.norm == "in" else None
+        self.norm = norm
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        for zero in (self.bias_down, self.up, self.bias_up):
+            nn.init.zeros_(zero)
+        if self.norm is not None:
+            self.norm.reset_parameters()
+
+    def forward(self, x: Tensor, residual: Tensor | None, scale: Tensor | float) -> Tensor:
         if x.dim() != 4:
             raise ValueError(
                 f"x must have shape [batch, channels, height, width], got {list(x.shape)}"
@@ -80,19 +67,85 @@ class ConvAdapter(nn.Module):
         norm = None
         if self.norm is not None:
             norm = Norm(self.norm.weight, self.norm.bias, self.norm.eps)
-        down: Tensor = self.down.flatten(1)
-        bias_down: Tensor | None = self.bias_down
-        activation, dropout = self.activation, self.dropout if self.training else 0.0
-        if self.identity is not None:
+        activation, dropout = self.config.activation, self.config.dropout if self.training else 0.0
+        if self.kernel == 1:
+            factors = (self.down.flatten(1), self.up, self.bias_down, self.bias_up)
+            y = linear(seen, *factors, scale, activation, added, norm, dropout)
+        else:
             hidden = seen if norm is None else normalize(seen, norm)
-            weight = self.down.to(x.dtype), self.bias_down.to(x.dtype)
-            hidden = functional.conv2d(hidden.permute(0, 3, 1, 2), *weight, padding="same")
-            seen, down, bias_down, norm = _pixels(hidden).to(x.dtype), self.identity, None, None
-        y = linear(
-            seen, down, self.up, bias_down, self.bias_up, self.scale, activation, added, norm,
-            dropout,
-        ).permute(0, 3, 1, 2)  # fmt: skip
-        return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+            down = self.down.to(x.dtype), self.bias_down.to(x.dtype)
+            hidden = functional.conv2d(hidden.permute(0, 3, 1, 2), *down, padding="same")
+            hidden = _pixels(hidden).to(x.dtype)
+            y = behind(hidden, self.up, self.bias_up, scale, activation, added, dropout)
+        image = y.permute(0, 3, 1, 2)
+        return image if x.is_contiguous(memory_format=torch.channels_last) else image.contiguous()
+
+
+class ConvAdapter(Branch):
+    """y becomes y + scale * block(y), block after block; in parallel y + scale * block(x), of one.
+
+    The bottleneck of Mehta et al., Exploring Adapter Design Tradeoffs for Low Resource Music
+    Generation (2025); `ConvBlock` has the equation. Theirs has its LayerNorm behind `up`, whose
+    bias is random at the start, and a LayerNorm makes a constant of size 1 of it, however small it
+    was. Here the norm stands before `down`, and the branch starts at 0, since `up` and its bias do.
+
+    Args:
+        columns, rows: channels of x and of y.
+        config: rank, kernel, activation, scale, norm, dropout, repeat and mode.
+        device: of the parameters.
+        dtype: theirs; at least float32 serves training.
+
+    Shape:
+        `[batch, columns, height, width]` -> `[batch, rows, height, width]`, in x's dtype and
+        memory format.
+    """
+
+    def __init__(
+        self,
+        columns: int,
+        rows: int,
+        config: BottleneckConfig,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config, self.in_features, self.out_features = config, columns, rows
+        self.blocks = nn.ModuleList(
+            ConvBlock(columns, rows, config, device, dtype) for _ in range(config.repeat)
+        )
+        gate = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.scale = gate if config.train_scale else config.scale
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for block in self.blocks:
+            block.reset_parameters()  # type: ignore[operator]
+        if isinstance(self.scale, nn.Parameter):
+            nn.init.constant_(self.scale, self.config.scale)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y: Tensor = self.blocks[0](x, residual, self.scale)
+        for block in self.blocks[1:]:
+            y = block(y, y, self.scale)
+        return y
+
+    def explained(self) -> Explained:
+        (first, *rest), dtype = self.blocks, next(self.parameters()).dtype
+        once = "" if not rest else f", {len(self.blocks)} one behind the other"
+        runs = "peftkern.bottleneck on rows of channels, all in one pass"
+        if first.kernel != 1:
+            runs = "torch's convolution, then peftkern.bottleneck: all else in one pass"
+        return Explained(
+            holds=f"{self.in_features} to {first.r} to {self.out_features} channels in "
+            f"{str(dtype).removeprefix('torch.')}, {first.kernel} x {first.kernel} pixels{once}",
+            device=next(self.parameters()).device.type,
+            runs=runs,
+            ops={"forward": "bottleneck_linear", "backward": "bottleneck_linear_bwd"},
+        )
+
+    def extra_repr(self) -> str:
+        config = self.config
+        return f"activation={config.activation}, repeat={config.repeat}, mode={config.mode}"
 
 
 def _pixels(image: Tensor) -> Tensor:

@@ -18,7 +18,43 @@ if TYPE_CHECKING:
     from peftkern.bottleneck.config import BottleneckConfig
 
 
-class BottleneckAdapter(AttachedAdapter):
+class Branch(AttachedAdapter):
+    """What every kind of bottleneck is: a branch, by `scale`, on a residual."""
+
+    method = "bottleneck"
+    config: BottleneckConfig
+    scale: nn.Parameter | float
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        out: Tensor = self(x if self.config.mode == "parallel" else y, y)
+        return out.to(y.dtype)
+
+    def take(self, config: BottleneckConfig) -> None:  # type: ignore[override]
+        """A scale that does not train; one that does is a part."""
+        if not isinstance(self.scale, nn.Parameter):
+            self.scale = config.scale
+            self.config = replace(self.config, scale=config.scale)
+
+
+def behind(
+    hidden: Tensor,
+    up: Tensor,
+    bias_up: Tensor,
+    scale: Tensor | float,
+    activation: str,
+    residual: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """residual + scale * (D(act(hidden)) up^T + bias_up), of what torch's convolution has given.
+
+    Our op with the identity for its first product: activation, product, scale and sum in one pass.
+    """
+    identity = torch.eye(up.shape[1], device=up.device, dtype=up.dtype)
+    rest = (None, bias_up, scale, activation, residual, None, dropout)
+    return linear(hidden, identity, up, *rest)
+
+
+class BottleneckAdapter(Branch):
     """y = residual + scale * (D(act(N(x) down^T + bias_down)) up^T + bias_up).
 
     Houlsby et al. (2019), behind a module; He et al. (2022), beside it. N is a LayerNorm with
@@ -42,7 +78,6 @@ class BottleneckAdapter(AttachedAdapter):
         ValueError: a rate that leaves no rank.
     """
 
-    method = "bottleneck"
     norm: nn.LayerNorm | None
 
     def __init__(
@@ -58,7 +93,7 @@ class BottleneckAdapter(AttachedAdapter):
             raise ValueError(
                 f"rate must leave a rank of at least 1 of {columns}, got {config.rate}"
             )
-        self.config: BottleneckConfig = config
+        self.config = config
         self.r, self.in_features, self.out_features = r, columns, rows
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -85,10 +120,6 @@ class BottleneckAdapter(AttachedAdapter):
         else:
             nn.init.zeros_(self.up)
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        out: Tensor = self(x if self.config.mode == "parallel" else y, y)
-        return out.to(y.dtype)
-
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         dropout = self.config.dropout if self.training else 0.0
         factors = (self.down, self.up, self.bias_down, self.bias_up)
@@ -100,12 +131,6 @@ class BottleneckAdapter(AttachedAdapter):
         branch = self.scale * norm(branch.to(norm.weight.dtype))
         y: Tensor = branch if residual is None else residual + branch
         return y.to(x.dtype)
-
-    def take(self, config: BottleneckConfig) -> None:  # type: ignore[override]
-        """A scale that does not train; one that does is a part."""
-        if not isinstance(self.scale, nn.Parameter):
-            self.scale = config.scale
-            self.config = replace(self.config, scale=config.scale)
 
     def explained(self) -> Explained:
         dtype = str(self.down.dtype).removeprefix("torch.")
@@ -125,7 +150,3 @@ class BottleneckAdapter(AttachedAdapter):
             f"in_features={self.in_features}, r={self.r}, out_features={self.out_features}, "
             f"activation={self.config.activation}, mode={self.config.mode}"
         )
-
-
-# By the config's `kind`, what it builds: called as `BottleneckAdapter` is.
-KINDS: dict[str, type[AttachedAdapter]] = {"linear": BottleneckAdapter}

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkern import _family, _select
+from peftkern import _check, _family, _select
 from peftkern._family import Undo, Wanted
 from peftkern.bottleneck import attention
 from peftkern.bottleneck.config import BottleneckConfig
@@ -55,9 +55,8 @@ class PrefixConfig(_family.Config):
             raise ValueError(
                 f"encoder_hidden_size must be at least 1, got {self.encoder_hidden_size}"
             )
-        for name, value in (("target", self.target_modules), ("exclude", self.exclude_modules)):
-            if isinstance(value, str):
-                _select.check_expression(f"{name}_modules", value)
+        for name in ("target_modules", "exclude_modules"):
+            _check.expression(name, getattr(self, name))
 
     def targets(self, model: nn.Module) -> Iterator[_family.Target]:
         for module, names in _select.names(model).items():
@@ -73,10 +72,11 @@ class PrefixConfig(_family.Config):
 
     def nothing(self, model: nn.Module) -> str:
         places = _select.names(model).items()
-        there = [_select.starred(n[0]) for m, n in places if attention.attention(m)]
+        found = [_select.starred(n[0]) for m, n in places if attention.attention(m)]
+        there = ", ".join(dict.fromkeys(found)) or "none"
         return (
-            f"target_modules must name an attention that can take a prefix, got "
-            f"{self.target_modules!r}; attentions there: {', '.join(dict.fromkeys(there)) or 'none'}"
+            "target_modules must name an attention that can take a prefix, got "
+            f"{self.target_modules!r}; attentions there: {there}"
         )
 
     def share(self, targets: Sequence[_family.Target]) -> dict[tuple[str, Heads], Trunk]:

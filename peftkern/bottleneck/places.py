@@ -79,12 +79,19 @@ def by_place(model: nn.Module, place: str) -> Iterator[Place]:
                 yield _place(names, block, name, _inside(block, route), width)
 
 
-def by_name(model: nn.Module, patterns: str | Iterable[str]) -> Iterator[Place]:
-    """Every module of a name that fits; it is called with x, and has a linear or a norm inside."""
+def by_name(
+    model: nn.Module, patterns: str | Iterable[str], channels: bool = False
+) -> Iterator[Place]:
+    """Every module of a name that fits; it is called with x, and has a linear or a norm inside.
+
+    With `channels` x and y are images, whose widths convolutions inside tell first.
+    """
     for module, names in _select.names(model).items():
         if any(_select.matches(patterns, name) for name in names):
+            widths = _channels(module) if channels else None
             first, last = _linears(module)
-            widths = None if first is None else (features(first)[1], features(last)[0])
+            if widths is None and first is not None:
+                widths = features(first)[1], features(last)[0]
             if widths is None and (width := _stream(module) or _width(module)) is not None:
                 widths = (width, width)
             yield Place(module, names, None, widths)
@@ -168,6 +175,11 @@ def _linears(module: nn.Module) -> tuple[Any, Any]:
     """The first and the last inside, or itself."""
     found = [part for part in module.modules() if _is_linear(part)]
     return (found[0], found[-1]) if found else (None, None)
+
+
+def _channels(module: nn.Module) -> tuple[int, int] | None:
+    found = [part for part in module.modules() if isinstance(part, (nn.Conv2d, nn.ConvTranspose2d))]
+    return (found[0].in_channels, found[-1].out_channels) if found else None
 
 
 def _is_linear(module: nn.Module) -> bool:

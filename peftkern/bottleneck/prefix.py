@@ -140,9 +140,9 @@ class Prefix(_family.Adapter):
     def explained(self) -> Explained:
         number, key, value = self.heads
         return Explained(
-            title=f"prefix of {self.length} keys and values in {number} heads",
+            holds=f"{self.length} keys and values in each of {number} heads",
             device=next(self.parameters()).device.type,
-            runs="transformers' own attention function, with the prefix in front of what it is given",
+            runs="transformers' attention function, with the prefix in front of what it is given",
             ops={},
         )
 
