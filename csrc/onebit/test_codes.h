@@ -1,7 +1,7 @@
 // Tests of what lies between latent weights and their codes; part of test.cpp.
 #pragma once
+#include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -59,7 +59,7 @@ inline void bytes_come_back_and_nothing_else_is_touched() {
       }
       std::vector<uint8_t> back(static_cast<size_t>(width + 1), 0xAA);
       kernels().unpack(packed.data(), width, bits, back.data());
-      EXPECT(back[width] == 0xAA && std::memcmp(back.data(), codes.data(), codes.size()) == 0);
+      EXPECT(back[width] == 0xAA && std::equal(codes.begin(), codes.end(), back.begin()));
     }
   }
 }
