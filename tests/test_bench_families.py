@@ -8,6 +8,7 @@ import torch
 
 from peftkern import qlora
 from peftkern.bench import Row, harness, peers, qlora_gpu, qlora_training, timing
+from peftkern.bench import bottleneck as bottleneck_bench
 from peftkern.bench import model as model_bench
 from peftkern.bench import onebit as onebit_bench
 from peftkern.bench import qlora as qlora_bench
@@ -55,6 +56,16 @@ def test_every_contender_of_qlora_is_right(
     # bitsandbytes' AVX-512 kernel takes wrong scales where rows are shorter than a block.
     known = {key for key in bad if "16 x 16" in key[0] and "bitsandbytes" in key[1]}
     assert not bad.keys() - known, bad
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+def test_every_contender_of_bottleneck_is_right(direction: str, brief: None) -> None:
+    small = tuple(
+        replace(branch, rows=min(branch.rows, 40), width=48, rank=min(branch.rank, 40))
+        for branch in bottleneck_bench.BRANCHES
+    )
+    found = outcome(bottleneck_bench.passes(small, direction, quick=True))
+    assert not [said for said in found.values() if said.startswith(("wrong", "failed"))], found
 
 
 @pytest.mark.parametrize("name", qlora_gpu.jobs("cpu", quick=True))
