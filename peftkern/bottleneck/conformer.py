@@ -76,7 +76,11 @@ class ConformerAdapter(Branch):
             nn.init.constant_(self.scale, self.config.scale)
         if self.norm is not None:
             self.norm.reset_parameters()
-        self.batch_norm.reset_parameters()
+        batch_norm = self.batch_norm
+        for one in (batch_norm.weight, batch_norm.running_var):
+            nn.init.ones_(one)
+        for zero in (batch_norm.bias, batch_norm.running_mean, batch_norm.num_batches_tracked):
+            nn.init.zeros_(zero)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if x.dim() < 2:
