@@ -76,11 +76,8 @@ class ConformerAdapter(Branch):
             nn.init.constant_(self.scale, self.config.scale)
         if self.norm is not None:
             self.norm.reset_parameters()
-        batch_norm = self.batch_norm
-        for one in (batch_norm.weight, batch_norm.running_var):
-            nn.init.ones_(one)
-        for zero in (batch_norm.bias, batch_norm.running_mean, batch_norm.num_batches_tracked):
-            nn.init.zeros_(zero)
+        for name, start in self.batch_norm.state_dict().items():
+            nn.init.constant_(start, float(name in ("weight", "running_var")))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if x.dim() < 2:
