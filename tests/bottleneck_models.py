@@ -4,7 +4,13 @@ from collections import namedtuple
 
 import torch
 import transformers
+from models import disturb
 from torch import nn
+
+import peftkern
+from peftkern import BottleneckConfig
+
+CONFIG = BottleneckConfig(r=4, place="both", norm="in", train_scale=True)
 
 SMALL = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2)
 TOKENS = dict(vocab_size=20, bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -89,6 +95,12 @@ def build(family, layers=1):
         return model(**given).last_hidden_state
 
     return model, call, [place[1] if isinstance(place, tuple) else place for place in places]
+
+
+def adapted(family="llama", config=CONFIG, **options):
+    """As after training, and what calls it."""
+    model, call, _ = build(family, **options)
+    return disturb(peftkern.adapt(model, config)), call
 
 
 def _inputs(kind):
