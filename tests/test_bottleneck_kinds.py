@@ -163,6 +163,20 @@ def test_16_bit_models_have_adapters_in_float32(case, dtype):
     torch.testing.assert_close(result.float(), expected, atol=0.1, rtol=0.1)
 
 
+@pytest.mark.parametrize("case", ["conv", "stack", "conformer"])
+def test_kinds_compile_whole_and_run_under_autocast(case):
+    model, inputs = adapted(case)
+    expected = seen(disturb(model), inputs)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(seen(compiled, inputs), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = seen(model, inputs)
+    torch.testing.assert_close(narrow.float(), expected, atol=0.1, rtol=0.1)
+    narrow.float().sum().backward()
+    assert all(p.grad is not None for p in peftkern.trainable_parameters(model))
+
+
 def test_in_channels_and_out_channels_of_convolutions_inside_count():
     model, _ = adapted("beside")
     assert (model.block.adapter.in_features, model.block.adapter.out_features) == (8, 12)
