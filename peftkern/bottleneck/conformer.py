@@ -76,7 +76,8 @@ class ConformerAdapter(Branch):
             nn.init.constant_(self.scale, self.config.scale)
         if self.norm is not None:
             self.norm.reset_parameters()
-        self.batch_norm.reset_parameters()
+        for name, start in self.batch_norm.state_dict().items():
+            nn.init.constant_(start, float(name in ("weight", "running_var")))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if x.dim() < 2:

@@ -24,7 +24,8 @@ class PrefixConfig(_family.Config):
 
     In those that take eager attention or sdpa from transformers' table of attention functions, as
     nearly all of its models do. Every query sees the whole prefix, whatever the mask; tokens keep
-    their positions, and the cache of keys and values holds what it held.
+    their positions, and the cache of keys and values holds what it held. Attention weights, where
+    a model returns them, have a column for each key of the prefix first.
 
     Args:
         length: keys and values a head, at least 0; with 0 the model computes the very same bits.

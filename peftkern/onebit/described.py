@@ -24,7 +24,7 @@ class Described(Pair, _family.Adapter):
     method = "onebit"
     config: OneBitConfig
 
-    def adapter(self) -> list[nn.Parameter]:
+    def trained(self) -> list[nn.Parameter]:
         return [self.down, self.up]
 
     def parts(self) -> Parts:
