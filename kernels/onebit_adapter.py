@@ -26,7 +26,7 @@ def adapter(
         return fallback.adapter(
             x, down, up, statistics, bits, scale, activation, residual, onto_x, dropout, seed
         )
-    dense_down, dense_up = quantize([down, up], statistics, bits, x.dtype)
+    dense_down, dense_up = _dense(down, up, statistics, bits, x.dtype)
     return bottleneck.linear(
         x, dense_down, dense_up, None, None, None, scale, activation, residual, onto_x,
         None, None, None, dropout, seed,
@@ -44,7 +44,7 @@ def adapter_bwd(
             needs,
         )  # fmt: skip
     # A gradient comes in the dtype of its weight, and sums are not to be rounded in between.
-    dense_down, dense_up = quantize([down, up], statistics, bits, torch.float32)
+    dense_down, dense_up = _dense(down, up, statistics, bits, torch.float32)
     found = bottleneck.linear_bwd(
         grad, x, hidden, dense_down, dense_up, None, None, None, scale, activation, onto_x,
         None, None, None, dropout, seed, [*needs, *[False] * 5],
@@ -55,3 +55,12 @@ def adapter_bwd(
         return found
     grads = quantize_bwd(found[needs[0] :], weights, statistics[train], bits)
     return [*found[: needs[0]], *grads]
+
+
+def _dense(
+    down: Tensor, up: Tensor, statistics: Tensor, bits: int, dtype: torch.dtype
+) -> list[Tensor]:
+    """W in `dtype`; that of 16-bit latents is rounded to theirs first, as everywhere."""
+    if down.dtype == up.dtype == torch.float32:
+        return quantize([down, up], statistics, bits, dtype)
+    return [weight.to(dtype) for weight in quantize([down, up], statistics, bits)]
