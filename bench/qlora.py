@@ -8,7 +8,7 @@ wait for otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -65,6 +65,13 @@ INT8 = "activations in int8, weights on a uniform 4-bit grid"
 BF16 = "activations, scales and products in bf16"
 
 
+def forward(case: Case, contenders: Mapping[str, Contender], quick: bool) -> Iterator[Row]:
+    yield from measure(
+        "qlora", "linear", case.name, contenders, sets(case, quick, (case.rows, case.inputs)),
+        lambda weight, x: plain(x, weight), baseline="peftkern", work=case.work(), quick=quick,
+    )  # fmt: skip
+
+
 def decode(quick: bool) -> Iterator[Row]:
     """Copies beyond the cache would fill the memory for every contender: that case has the short
     list, and so have those that differ from their neighbours in the number of rows alone.
@@ -82,10 +89,7 @@ def decode(quick: bool) -> Iterator[Row]:
         some = contenders
         if case.beyond_cache or case in FEW:
             some = {name: contenders[name] for name in SHORT_LIST}
-        yield from measure(
-            "qlora", "linear", case.name, some, sets(case, quick, (case.rows, case.inputs)),
-            lambda weight, x: plain(x, weight), baseline="peftkern", work=case.work(), quick=quick,
-        )  # fmt: skip
+        yield from forward(case, some, quick)
 
 
 def int8_contenders() -> dict[str, Contender]:
@@ -119,11 +123,7 @@ def in_bf16(quick: bool) -> Iterator[Row]:
     }
     for cases, contenders in ((IN_BF16, nf4), (INT8_IN_BF16, int8)):
         for case in cases:
-            yield from measure(
-                "qlora", "linear", case.name, contenders,
-                sets(case, quick, (case.rows, case.inputs)), lambda weight, x: plain(x, weight),
-                baseline="peftkern", work=case.work(), quick=quick,
-            )  # fmt: skip
+            yield from forward(case, contenders, quick)
 
 
 def other_formats(quick: bool) -> Iterator[Row]:
@@ -134,11 +134,7 @@ def other_formats(quick: bool) -> Iterator[Row]:
     }
     for cases, contenders in ((FP4, fp4), (INT8_ROWS, int8_contenders())):
         for case in cases:
-            yield from measure(
-                "qlora", "linear", case.name, contenders,
-                sets(case, quick, (case.rows, case.inputs)), lambda weight, x: plain(x, weight),
-                baseline="peftkern", work=case.work(), quick=quick,
-            )  # fmt: skip
+            yield from forward(case, contenders, quick)
 
 
 def decode_lora(quick: bool) -> Iterator[Row]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peftkern.kernels.common import rows_of
 from peftkern.kernels.qlora_backward import linear_bwd as linear_bwd
 from peftkern.kernels.qlora_forward import lora_down
 from peftkern.kernels.qlora_panels import decode
@@ -31,7 +32,7 @@ def linear(
         return fallback.linear(
             x, weight, layout, bias, lora_a, lora_b, scale, dropout, seed, offsets, adapter
         )
-    flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    flat = rows_of(x)
     if lora_a is None:
         low, down = None, flat.new_empty(len(flat), 0, dtype=torch.float32)
     else:

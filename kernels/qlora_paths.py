@@ -84,6 +84,15 @@ TILES: dict[str, dict[str, Rows]] = {
     "gemm 32": {"any": ((16, Tile(16, 32, 32, 4, 2)), (None, Tile(32, 32, 32, 4, 2)))},
     "down 16": {"any": ((16, Tile(16, 64, 128, 4, 4)), (None, Tile(64, 64, 64, 4, 4)))},
     "down 32": {"any": ((None, Tile(16, 32, 32, 4, 2)),)},
+    # onebit's product; codes of one bit are many to a byte, so steps are long.
+    "onebit 16": {
+        "any": (
+            (16, Tile(16, 64, 128, 4, 4)),
+            (32, Tile(32, 64, 128, 4, 3)),
+            (None, Tile(64, 64, 128, 4, 3)),
+        ),
+    },
+    "onebit 32": {"any": ((16, Tile(16, 32, 32, 4, 2)), (None, Tile(32, 32, 32, 4, 2)))},
     # As many masks as siblings: steps are shorter, or registers run out.
     "siblings_down 16": {"any": ((16, Tile(16, 64, 64, 4, 4)), (None, Tile(64, 64, 32, 4, 6)))},
     "siblings_down 32": {"any": ((None, Tile(16, 32, 32, 4, 2)),)},
@@ -95,6 +104,12 @@ TILES: dict[str, dict[str, Rows]] = {
     # And of this one columns of the gradient; a step takes `rows` rows of activations.
     "grad_weight 16": {"any": ((None, Tile(64, 128, 128, 8, 3)),)},
     "grad_weight 32": {"any": ((None, Tile(32, 64, 64, 4, 2)),)},
+    # Of bottleneck: a program of the first holds the whole rank of its rows, and of the second
+    # `inner` is the widest rank.
+    "bottleneck 16": {"any": ((16, Tile(16, 64, 64, 4, 4)), (None, Tile(64, 64, 64, 4, 3)))},
+    "bottleneck 32": {"any": ((None, Tile(16, 32, 32, 4, 2)),)},
+    "bottleneck_sums 16": {"any": ((None, Tile(64, 128, 64, 4, 3)),)},
+    "bottleneck_sums 32": {"any": ((None, Tile(32, 64, 32, 4, 2)),)},
 }
 # Where blocks straddle rows: each weight has its scale looked up, which larger tiles have no
 # registers for.
@@ -238,11 +253,12 @@ def _own(device: torch.device) -> Mapping[str, Any]:
     if device.type == "cpu" or not file.exists():
         return {}
     try:
-        found: Mapping[str, Any] = json.loads(file.read_text())[device_key(device)]
-    except KeyError:
-        return {}
+        content = json.loads(file.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__} and no object")
     except ValueError as error:
         raise ValueError(
-            f"{file} must hold JSON, got {error}: write it again or delete it"
+            f"{file} must hold JSON by device, got {error}: write it again or delete it"
         ) from None
+    found: Mapping[str, Any] = content.get(device_key(device), {})
     return found

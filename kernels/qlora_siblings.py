@@ -17,10 +17,11 @@ from torch import Tensor
 
 from peftkern import _native
 from peftkern.kernels import qlora_paths as paths
-from peftkern.kernels.qlora_backward import gradients, rows_of
+from peftkern.kernels.common import convert, dot, dropout_limit, keep_tile, rows_of
+from peftkern.kernels.qlora_backward import gradients
 from peftkern.kernels.qlora_forward import BLOCK_SUM
 from peftkern.kernels.qlora_product import product
-from peftkern.kernels.qlora_tiles import convert, dot, dropout_limit, keep_tile, row_tiles
+from peftkern.kernels.qlora_tiles import row_tiles
 from peftkern.qlora.siblings import split_weights
 
 
@@ -105,7 +106,7 @@ def siblings_down(
     """D_i(x) A_i^T, float32 `[rows, rank_i]`; a seed for each sibling, or none at all."""
     (rows, columns), ranks = x.shape, tuple(a.shape[0] for a in lora_a)
     downs = [x.new_empty(rows, rank, dtype=torch.float32) for rank in ranks]
-    limit = dropout_limit(dropout) if seeds else 0
+    limit = dropout_limit(dropout, seeds[0] if seeds else None)
     if columns == 0 or limit is None:
         return [down.zero_() for down in downs]
     if rows == 0:

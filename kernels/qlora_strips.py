@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.kernels.qlora_tiles import narrow, row_tiles, tile_rows
+from peftkern.kernels.common import narrow
+from peftkern.kernels.qlora_tiles import row_tiles, tile_rows
 
 # They change from step to step, and no address hangs on their being a multiple of 16.
 SIZES = ["tiles", "rows", "groups", "t_blocks", "blocks", "bias_blocks"]

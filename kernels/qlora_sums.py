@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.kernels import qlora_paths as paths
+from peftkern.kernels.common import convert, dot, dropout_limit, keep_tile, narrow
 from peftkern.kernels.qlora_strips import Groups, finish, rows_at, strip_of, strips_of
-from peftkern.kernels.qlora_tiles import convert, dot, dropout_limit, keep_tile, narrow
 
 
 @triton.jit(do_not_specialize=["rows", "groups"])
@@ -191,7 +191,7 @@ def grad_a(
 ) -> Tensor:
     """Fills out `[groups, rank, columns]`, and returns it."""
     (rows, columns), rank = x.shape, t.shape[1]
-    limit = dropout_limit(dropout) if seed is not None else 0
+    limit = dropout_limit(dropout, seed)
     if limit is None:
         return out.zero_()
     tile = paths.tile("grad_a", x.device, x.dtype, rows)

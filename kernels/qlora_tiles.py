@@ -1,4 +1,4 @@
-"""What qlora's kernels in Triton share: a tile of the weight, a tile's rows, dropout's mask.
+"""What qlora's kernels in Triton share: a tile of the weight, a tile's rows.
 
 Forward and backward decode by the same function, so that both see the same weight.
 """
@@ -11,57 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern.kernels.common import convert, load, narrow
+
 NESTED_BLOCK = tl.constexpr(256)  # scales that share a scale
 NESTED_VALUES = tl.constexpr(256)  # of a scale's code
-# The interpreter multiplies bfloat16 as if its bits were integers, cuts off where a GPU rounds, and
-# reads subnormal numbers wrongly: `dot`, `narrow` and `widen` make up for that, and are plain
-# operations when compiled.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def narrow(value, dtype: tl.constexpr):
-    """float32, rounded to the nearest number of this dtype."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = value.to(tl.uint32, bitcast=True)
-        rounded = tl.where(value == value, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)
-        return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return value.to(dtype)
-
-
-@triton.jit
-def widen(value):
-    """The float32 of a stored number."""
-    if INTERPRETED and value.dtype == tl.bfloat16:
-        bits = value.to(tl.uint16, bitcast=True).to(tl.uint32)
-        return (bits << 16).to(tl.float32, bitcast=True)
-    return value.to(tl.float32)
-
-
-@triton.jit
-def convert(value, dtype: tl.constexpr):
-    """A stored number in this dtype: in its own as it is, in another one rounded once."""
-    if value.dtype == dtype:
-        return value
-    else:
-        return narrow(widen(value), dtype)
-
-
-@triton.jit
-def dot(left, right, sum):
-    """left [m, k] times right [k, n], onto sum [m, n] float32; exact products, float32 included."""
-    if INTERPRETED:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, sum, input_precision="ieee")
-
-
-@triton.jit
-def load(place, inside, EVEN: tl.constexpr):
-    """What lies there, or 0 where it is not inside; EVEN: all of it is."""
-    if EVEN:
-        return tl.load(place)
-    else:
-        return tl.load(place, mask=inside, other=0)
 
 
 @triton.jit
@@ -158,57 +111,6 @@ def decode_tile(
 
 
 @triton.jit
-def philox(seed, counter):
-    """The four words of Philox 4x32-10 for these counters (uint64), as in reference.philox.
-
-    A round takes both halves of each product, so that it is one wide multiplication; Triton's own
-    asks for them one by one, in twice the instructions.
-    """
-    a, b = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
-    c = tl.zeros_like(a)
-    d = tl.zeros_like(a)
-    first, second = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    for _ in tl.static_range(10):
-        left, right = a.to(tl.uint64) * 0xD2511F53, c.to(tl.uint64) * 0xCD9E8D57
-        a = (right >> 32).to(tl.uint32) ^ b ^ first
-        c = (left >> 32).to(tl.uint32) ^ d ^ second
-        b, d = right.to(tl.uint32), left.to(tl.uint32)
-        first = tl.add(first, 0x9E3779B9, sanitize_overflow=False)
-        second = tl.add(second, 0xBB67AE85, sanitize_overflow=False)
-    return a, b, c, d
-
-
-@triton.jit
-def keep_tile(
-    seed_ptr,  # [1] int64
-    threshold,  # round(p * 2^32), below 2^32: as the int32 of the same bits
-    row,  # the tile's rows [BLOCK_M], and its first column: a multiple of 4
-    column,
-    columns,
-    WHOLE_QUADS: tl.constexpr,  # columns % 4 == 0: four elements in a row share one Philox call
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Which elements of x [rows, columns] dropout keeps: reference.dropout's, bit for bit."""
-    seed = tl.load(seed_ptr).to(tl.uint64)
-    limit = threshold.to(tl.uint32, bitcast=True)
-    first = row.to(tl.uint64)[:, None] * columns + column
-    if WHOLE_QUADS:
-        a, b, c, d = philox(seed, first // 4 + tl.arange(0, BLOCK_K // 4)[None, :])
-        # As bits of one number, since its way to where the elements lie is the dear part.
-        bits = (a >= limit).to(tl.int32) | ((b >= limit).to(tl.int32) << 1)
-        bits |= ((c >= limit).to(tl.int32) << 2) | ((d >= limit).to(tl.int32) << 3)
-        each = (bits[:, :, None] >> tl.arange(0, 4)[None, None, :]) & 1
-        return tl.reshape(each, (BLOCK_M, BLOCK_K)) != 0
-    else:
-        element = first + tl.arange(0, BLOCK_K)[None, :]
-        a, b, c, d = philox(seed, element // 4)
-        lane = element % 4
-        word = tl.where(lane == 0, a, tl.where(lane == 1, b, tl.where(lane == 2, c, d)))
-        return word >= limit
-
-
-@triton.jit
 def tile_rows(
     tile,
     offsets_ptr,  # [experts + 1] int64
@@ -259,11 +161,3 @@ def row_tiles(rows: int, experts: int, block: int) -> int:
 def decode_arguments(weight: Sequence[Tensor]) -> list[Tensor | None]:
     """A weight's tensors as `decode_tile` takes them: six, None for what the format lacks."""
     return [*weight, *[None] * (6 - len(weight))]
-
-
-def dropout_limit(p: float) -> int | None:
-    """What `keep_tile` takes as its threshold; None where everything is dropped."""
-    limit = round(p * 2**32)
-    if limit == 2**32:
-        return None
-    return limit - 2**32 if limit >= 2**31 else limit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -68,3 +69,14 @@ def dropout(p: float, seed: Tensor | int | None, like: Tensor) -> None:
             raise TypeError(f"seed must be an int64 tensor or an int, got {seed!r}")
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed must fit into 64 bits, got {seed}")
+
+
+def expression(name: str, value: object) -> None:
+    """Of modules' names: a string is a regular expression."""
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(
+                f"{name} must be a regular expression, got {value!r} ({error})"
+            ) from error

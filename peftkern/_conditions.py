@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern import _check, _native, _select
+from peftkern.qlora import placing
 
 # What these lack is better left to the kernels of bitsandbytes and torch than given to references.
 SERVED = frozenset(
@@ -149,7 +150,7 @@ def of_base(base: nn.Module) -> str | None:
     if kind == "4-bit":
         return _of_4bit(base, weight)
     if kind == "8-bit":
-        return _select._obstacle_8bit(base)
+        return placing.obstacle_8bit(base)
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}, not a plain tensor"
     if weight.dtype not in _check.FLOATS:
@@ -159,7 +160,7 @@ def of_base(base: nn.Module) -> str | None:
 
 def _of_4bit(base: Any, weight: Any) -> str | None:
     state: Any = getattr(weight, "quant_state", None)
-    if found := _select._obstacle_4bit(state):
+    if found := placing.obstacle_4bit(state):
         return found
     if list(state.shape) != [base.out_features, base.in_features]:
         return "its weight is stored transposed"

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 MODULES = {
     "demo": ("transformers", "accelerate", "gguf", "matplotlib", "rich"),
+    "vision": ("sklearn",),
     "bench": ("pytest_benchmark", "matplotlib"),
     "peft": ("peft", "bitsandbytes"),
 }

@@ -20,7 +20,7 @@ def is_candidate(layer: nn.Module) -> bool:
 
 def obstacle(model: nn.Module, layer: nn.Module, places: list[str]) -> str | None:
     """Why this layer is not swapped at all; None where it is."""
-    if reason := _select._closed(model, places) or _of_parents(model, places):
+    if reason := _select.closed(model, places) or _of_parents(model, places):
         return reason
     inside = vars(layer)
     if "lora_A" in inside["_modules"] and not all(name in inside for name in _conditions.READ):

@@ -1,15 +1,20 @@
-"""peft's LoRA configs and ours: what means the same on both sides, and what has no counterpart."""
+"""peft's LoRA configs and files, and ours: what means the same on both sides, and what does not."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
-from peftkern.qlora import LoraConfig, QLoRALinear
+from torch import Tensor
+
+from peftkern import _check
+from peftkern._family import Config, Parts, Stored, listed
+from peftkern._folder import CONFIG, TENSORS
+from peftkern.qlora import LoraConfig
+from peftkern.qlora.described import LoraAdapter, alpha, common, rank
 
 # The fields with one meaning, and what they are in a file.
 SAME: dict[str, Any] = {
@@ -30,20 +35,34 @@ REFUSED_IN_A_FILE = (
 # Those of peft's that leave the base alone; a file with another belongs to a base of its own.
 INITS_OF_A_AND_B = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
+PREFIX = "base_model.model."
+# What a layer may have in a file, by its key behind the layer's name. peft has written magnitudes
+# with and without `.weight`.
+PARTS = {
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+    "lora_magnitude_vector.weight": "lora_magnitude_vector",
+    "base_layer.bias": "bias",
+}
+KEY = re.compile(re.escape(PREFIX) + rf"(.+)\.({'|'.join(map(re.escape, PARTS))})")
+KEY_OF = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "bias": "base_layer.bias"}
 
-def own_config(config: object) -> LoraConfig:
+
+def own_config(config: object) -> Config:
     """Ours, from ours or from peft's `LoraConfig` where that means the same thing.
 
     Raises:
         TypeError: another kind of object.
         ValueError: a field of peft's that asks for what peftkern does not have.
     """
-    if isinstance(config, LoraConfig):
+    if isinstance(config, Config):
         return config
     kind = type(config)
     if kind.__name__ != "LoraConfig" or kind.__module__.split(".")[0] != "peft":
         raise TypeError(
-            f"config must be a LoraConfig of peftkern or of peft, or a tuple, got {kind.__name__}"
+            "config must be one of peftkern's, a LoraConfig of peft, or a tuple of them, got "
+            f"{kind.__name__}"
         )
     values = {f.name: getattr(config, f.name) for f in fields(config)}  # type: ignore[arg-type]
     default = kind()
@@ -87,21 +106,6 @@ def _modules(value: str | Iterable[str]) -> str | tuple[str, ...]:
     return tuple(sorted(value))
 
 
-def of_module(config: LoraConfig, name: str) -> LoraConfig:
-    """The config of the module of this name; of several patterns the first that fits wins."""
-    return replace(
-        config,
-        r=_of_pattern(config.rank_pattern, name, config.r),
-        lora_alpha=_of_pattern(config.alpha_pattern, name, config.lora_alpha),
-        rank_pattern={},
-        alpha_pattern={},
-    )
-
-
-def _of_pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:
-    return next((v for k, v in pattern.items() if re.match(rf"(.*\.)?({k})$", name)), default)
-
-
 def from_file(content: dict[str, Any], names: Iterable[str]) -> LoraConfig:
     """The config that an adapter_config.json holds, for exactly these modules.
 
@@ -131,38 +135,56 @@ def from_file(content: dict[str, Any], names: Iterable[str]) -> LoraConfig:
     )
 
 
-def of_layer(config: LoraConfig, name: str, layer: QLoRALinear) -> LoraConfig:
-    """A file's config for a layer that is there: with the layer's own rank, at the file's scale."""
-    own = of_module(config, name)
-    lora_alpha = own.scaling * (math.sqrt(layer.r) if own.use_rslora else layer.r)
-    return own if own.r == layer.r else replace(own, r=layer.r, lora_alpha=lora_alpha)
+def read(content: dict[str, Any], tensors: dict[str, Tensor]) -> Stored:
+    """What both files hold.
+
+    Raises:
+        TypeError, ValueError: one is foreign, or they do not fit each other.
+    """
+    stored = _checked(tensors)
+    config = from_file(content, stored)
+    own = {name: config.of_module(name) for name in stored}
+    for name, parts in stored.items():
+        if (r := own[name].r) != (have := len(parts["lora_A"])):
+            raise ValueError(f"{name}.lora_A must have {r} rows as {CONFIG} says, got {have}")
+        if config.use_dora != ("lora_magnitude_vector" in parts):
+            raise ValueError(
+                f"{name} must have a lora_magnitude_vector where {CONFIG} says use_dora and only "
+                f"there, got {', '.join(parts)} and use_dora {config.use_dora}"
+            )
+    return Stored(stored, dict(own), [config])
 
 
-def common(layers: Iterable[QLoRALinear]) -> tuple[int, float, bool]:
-    """r, alpha and use_rslora as most layers have them: what a config says outside its patterns."""
-    layers = list(layers)
-    rslora = all(layer.use_rslora for layer in layers)
-    ranks = Counter(map(rank, layers))
-    alphas = Counter(alpha(layer, rslora) for layer in layers)
-    return ranks.most_common(1)[0][0], alphas.most_common(1)[0][0], rslora
+def _checked(tensors: dict[str, Tensor]) -> dict[str, Parts]:
+    """The parts of every module, checked against each other."""
+    stored: dict[str, Parts] = {}
+    foreign = []
+    for key, tensor in tensors.items():
+        if match := KEY.fullmatch(key):
+            stored.setdefault(match[1], {})[PARTS[match[2]]] = tensor
+        else:
+            foreign.append(key)
+    if foreign or not stored:
+        raise ValueError(
+            f"{TENSORS} must hold {PREFIX}<name>.lora_A.weight and lora_B.weight, magnitudes and "
+            f"biases alone, got {listed(foreign) or 'nothing'}"
+        )
+    for name, parts in stored.items():
+        if not {"lora_A", "lora_B"} <= parts.keys():
+            raise ValueError(f"{name} must have lora_A and lora_B, got {', '.join(parts)}")
+        for part, tensor in parts.items():
+            _check.dtype(f"{name}.{part}", tensor)
+        _check.shape(f"{name}.lora_A", parts["lora_A"], ["r", "in"])
+        _check.shape(f"{name}.lora_B", parts["lora_B"], ["out", len(parts["lora_A"])])
+    return stored
 
 
-def rank(layer: QLoRALinear) -> int:
-    """In a file, where what is taken off again is part of the adapter."""
-    return layer.r if layer.initial_A is None else 2 * layer.r
-
-
-def alpha(layer: QLoRALinear, rslora: bool) -> float:
-    """The lora_alpha that gives this layer its scale; one file holds one value of use_rslora."""
-    r = rank(layer)
-    value = layer.scaling * (math.sqrt(r) if rslora else r)
-    if layer.use_rslora == rslora and r == layer.r:
-        value = layer.lora_alpha
-    return int(value) if value == int(value) else value
+def key(name: str, part: str) -> str:
+    return f"{PREFIX}{name}.{KEY_OF.get(part, part)}"
 
 
 def to_file(
-    layers: dict[str, QLoRALinear], other_names: Iterable[str], base: str | None
+    layers: dict[str, LoraAdapter], other_names: Iterable[str], base: str | None
 ) -> dict[str, Any]:
     """The adapter_config.json of these layers.
 

@@ -17,17 +17,17 @@ from typing import Any
 
 from torch import nn
 
+from peftkern import _attached
 from peftkern.qlora.sharing import SharedInput
 
 
-def connect(model: nn.Module, takes_part: Callable[[nn.Module], bool]) -> None:
+def connect(model: nn.Module) -> None:
     """Has layers that read one input computed together: `SharedInput` tells when.
 
     Args:
-        model: holds the layers, adapted or optimized.
-        takes_part: which modules have `operands` and a `shared_input`.
+        model: holds the layers, adapted or optimized: those with `operands`.
     """
-    for group in groups(model, takes_part):
+    for group in groups(model, lambda module: hasattr(type(module), "operands")):
         shared = SharedInput()
         for layer in group:
             shared.join(layer)  # type: ignore[arg-type]
@@ -42,7 +42,7 @@ def groups(model: nn.Module, takes_part: Callable[[nn.Module], bool]) -> Iterato
         takes_part: which modules may be grouped.
     """
     for parent in model.modules():
-        for names in _calls_in(type(parent).forward):
+        for names in _calls_in(_attached.original(type(parent)).forward):
             children = [parent._modules.get(name) for name in names]
             group = [c for c in dict.fromkeys(children) if c is not None and takes_part(c)]
             if len(group) > 1 and len({layer.in_features for layer in group}) == 1:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern import _conditions, _products
+from peftkern._attached import Attached
 from peftkern.qlora import QuantizedWeight
 from peftkern.qlora.sharing import SharedInput
 from peftkern.qlora.siblings import Sibling
@@ -129,7 +130,8 @@ def stand_in(layer: nn.Module) -> type[nn.Module] | None:
     """Our class for a layer of exactly a class that we know."""
     cls = type(layer)
     for name, (module, original) in ORIGINALS.items():
-        if (cls.__module__, cls.__name__) == (module, original):
+        # One that adapters are attached to has its name alone.
+        if (cls.__module__, cls.__name__) == (module, original) and not issubclass(cls, Attached):
             return getattr(import_module(__name__), name)  # type: ignore[no-any-return]
     return None
 

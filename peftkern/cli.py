@@ -89,7 +89,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _demo_arguments(demo: argparse.ArgumentParser) -> None:
     default = Options()
     demo.add_argument("--method", choices=tuple(METHODS), default=default.method)
-    demo.add_argument("--steps", type=int, default=default.steps, metavar="N")
+    demo.add_argument(
+        "--vision",
+        action="store_true",
+        help="with --method onebit: adapters of one bit and of 32 on a small vision transformer, "
+        "which is to read turned digits",
+    )
+    demo.add_argument("--steps", type=int, metavar="N", help="default: 100, with --vision 200")
     demo.add_argument(
         "--text", type=Path, metavar="FILE", help="plain text; default: Python's own help topics"
     )
@@ -111,8 +117,14 @@ def _demo_arguments(demo: argparse.ArgumentParser) -> None:
 
 
 def _check_demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    if arguments.steps < 1:
+    if arguments.steps is not None and arguments.steps < 1:
         parser.error(f"--steps must be at least 1, got {arguments.steps}")
+    if arguments.vision and arguments.method != "onebit":
+        parser.error(f"--vision must stand with --method onebit, got {arguments.method}")
+    if arguments.vision and (arguments.text or arguments.model):
+        parser.error("--vision must stand without --text and --model")
+    if arguments.compare_peers and arguments.method == "onebit":
+        parser.error("--compare-peers must stand with what peft has, got --method onebit")
     if arguments.text is not None and not arguments.text.is_file():
         parser.error(f"--text must be a file, got {arguments.text}")
     if arguments.model is not None and not arguments.model.exists():
@@ -135,8 +147,11 @@ def _demo(arguments: argparse.Namespace) -> None:
     need("demo", "peftkern demo")
     if arguments.compare_peers:
         need("peft", "--compare-peers")
-    from peftkern.demo.run import run
-
+    if arguments.vision:
+        need("vision", "--vision")
+        from peftkern.demo.vision import run
+    else:
+        from peftkern.demo.run import run
     run(
         Options(
             method=arguments.method,
@@ -146,6 +161,7 @@ def _demo(arguments: argparse.Namespace) -> None:
             out=arguments.out,
             compare_peers=arguments.compare_peers,
             quiet=arguments.quiet,
+            vision=arguments.vision,
         )
     )
 

@@ -14,9 +14,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from peftkern import _check, _folder, _peft, _select
-from peftkern.adapt import Plan, as_linear, place, plan
+from peftkern.adapt import Plan, place, plan
 from peftkern.qlora import init
 from peftkern.qlora.frozen import base_of
+from peftkern.qlora.placing import as_linear, features
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -60,8 +61,8 @@ def corda(
             not finite or that the run does not reach, a cache that does not fit.
     """
     own = _peft.own_config(config)
-    if own.start != "corda":
-        raise ValueError(f"init_lora_weights must be 'corda', got {own.init_lora_weights!r}")
+    if (start := getattr(own, "init_lora_weights", None)) != "corda":
+        raise ValueError(f"init_lora_weights must be 'corda', got {start!r}")
     for name, value, known in (("mode", mode, MODES), ("metric", metric, METRICS)):
         if value not in known:
             raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}")
@@ -76,12 +77,12 @@ def _decompose(
     memory: int | None, cache: str | os.PathLike[str] | None,
 ) -> None:  # fmt: skip
     """Gives the plan its factors."""
-    targets = {name: module for module, (name, _) in planned.modules.items()}
-    configs = dict(planned.modules.values())
-    for group in _groups(targets, memory):
+    targets = {target.name: target for target in planned.targets}
+    modules = {name: target.module for name, target in targets.items()}
+    for group in _groups(modules, memory):
         for name, moment in _moments(model, group, run, cache).items():
             weight = base_of(as_linear(group[name]))
-            planned.factors[name] = init.corda(weight, moment, configs[name], mode, metric)
+            targets[name].start = init.corda(weight, moment, targets[name].config, mode, metric)
 
 
 def _groups(targets: dict[str, nn.Module], memory: int | None) -> Iterator[dict[str, nn.Module]]:
@@ -89,7 +90,7 @@ def _groups(targets: dict[str, nn.Module], memory: int | None) -> Iterator[dict[
     group: dict[str, nn.Module] = {}
     taken = 0
     for name, module in targets.items():
-        needed = 4 * _select.features(module)[1] ** 2
+        needed = 4 * features(module)[1] ** 2
         if group and memory is not None and taken + needed > memory:
             yield group
             group, taken = {}, 0
@@ -127,7 +128,7 @@ def _read(file: Path, name: str, module: nn.Module) -> Tensor:
         moment = safetensors.torch.load_file(file)["moment"]
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{file} must hold what corda has written, got {error!r}") from error
-    width = _select.features(module)[1]
+    width = features(module)[1]
     _check.dtype(name, moment)
     _check.shape(f"the cached moment of {name}", moment, [width, width])
     return moment

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from peftkern import _conditions, _native, _obstacles, _swapped
-from peftkern.qlora import QLoRALinear, QuantizedWeight
+from peftkern._attached import Attached
+from peftkern._family import Adapter, Explained
+from peftkern.qlora import described
 
 
 def explain(layer: nn.Module) -> str:
@@ -26,24 +28,30 @@ def explain(layer: nn.Module) -> str:
     if not isinstance(layer, nn.Module):
         raise TypeError(f"layer must be an nn.Module, got {type(layer).__name__}")
     title = _swapped.title(layer)
-    if (reason := _reason(layer)) is not None:
+    if isinstance(layer, Adapter):
+        told = layer.explained()
+    elif (reason := _reason(layer)) is not None:
         return f"{title}\nruns      its own forward: {reason}"
-    weight = _weight(layer)
-    device = weight.device.type
-    lines = [f"{title}, {_text(weight)} on {device}", f"runs      peftkern.qlora, {_terms(layer)}"]
-    for name, op in (("forward", "qlora_linear"), ("backward", "qlora_linear_bwd")):
-        lines.append(f"{name:9} {op}: {_kernel(op, device)}")
-    if device in _native.GPUS and _native.serves("qlora_linear", device):
-        lines.append(f"paths     {_paths(weight)}")
+    else:
+        told = _of_swapped(layer)
+    lines = [f"{title}, {told.holds} on {told.device}", f"runs      {told.runs}"]
+    for name, op in told.ops.items():
+        lines.append(f"{name:9} {op}: {_kernel(op, told.device)}")
+    served = all(_native.serves(op, told.device) for op in told.ops.values())
+    if told.paths is not None and told.device in _native.GPUS and served:
+        lines.append(f"paths     {told.paths()}")
     return "\n".join(lines)
 
 
 def _reason(layer: nn.Module) -> str | None:
     """Why the layer's own forward runs; None where ours does."""
-    if isinstance(layer, QLoRALinear):
-        return None
     if isinstance(layer, _swapped.Swapped):
         return _conditions.why_not(layer)
+    if isinstance(layer, Attached):
+        slots = [name for name, child in layer.named_children() if isinstance(child, Adapter)]
+        if not slots:
+            return "its input is read by the adapter of another module"
+        return f"what it gives goes through its {' and '.join(slots)}, to be explained by that name"
     if not _obstacles.is_candidate(layer):
         return "neither adapted by peft nor quantised by bitsandbytes"
     if _swapped.stand_in(layer) is None:
@@ -52,24 +60,12 @@ def _reason(layer: nn.Module) -> str | None:
     return reason or "not optimized yet (peftkern.optimize does it)"
 
 
-def _weight(layer: Any) -> Tensor | QuantizedWeight:
-    if isinstance(layer, QLoRALinear):
-        return layer.quantized_weight or layer.weight
-    return _swapped.weight_of(_conditions.base_of(layer))
-
-
-def _text(weight: Tensor | QuantizedWeight) -> str:
-    rows, columns = weight.shape
-    if isinstance(weight, Tensor):
-        return f"{rows} x {columns} in {str(weight.dtype).removeprefix('torch.')}"
-    size = weight.block_size
-    blocks = f"blocks of {size}" + ", nested scales" * weight.nested if size else "a scale a row"
-    return f"{rows} x {columns} in {weight.format.name}, {blocks},"
+def _of_swapped(layer: Any) -> Explained:
+    weight = _swapped.weight_of(_conditions.base_of(layer))
+    return described.of_weight(weight, _terms(layer))
 
 
 def _terms(layer: Any) -> str:
-    if isinstance(layer, QLoRALinear):
-        return _terms_of_ours(layer)
     adapters = _conditions.adapters_of(layer)
     if not adapters:
         return "base alone"
@@ -84,15 +80,6 @@ def _terms(layer: Any) -> str:
     return f"{text} {passes}, then a factor for each row (DoRA{names})"
 
 
-def _terms_of_ours(layer: QLoRALinear) -> str:
-    if layer.merged:
-        return "the merged weight alone"
-    if layer.merge_aware:
-        return f"the weight that merging its adapter of rank {layer.r} would store"
-    rows = ", then a factor for each row (DoRA)" * layer.use_dora
-    return f"base and adapter of rank {layer.r} in one pass{rows}"
-
-
 def _kernel(op: str, device: str) -> str:
     kernel = _native.kernels()[op].get(device, "reference")
     if kernel == "reference":
@@ -102,12 +89,3 @@ def _kernel(op: str, device: str) -> str:
     isa, best = _native.isa(), _native.available_isas()[-1]
     slower = "" if isa == best else f", since it was chosen; {best} is there"
     return f"C++ ({isa}{slower})"
-
-
-def _paths(weight: Tensor | QuantizedWeight) -> str:
-    """Of a GPU: what the number of rows decides, and by whose measurement."""
-    from peftkern.kernels import qlora_paths  # of use on GPUs alone
-
-    bits = 0 if isinstance(weight, Tensor) else weight.format.bits
-    decodes = _native.serves("qlora_decode", weight.device.type)
-    return qlora_paths.describe(weight.device, weight.dtype, bits, decodes)

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from peftkern import _select
-from peftkern.adapt import adapters, keep_hooks, parents
-from peftkern.qlora import QLoRALinear, QuantizedWeight, bnb, merging
+from peftkern._family import adapters
+from peftkern.adapt import parents
+from peftkern.qlora import QuantizedWeight, bnb, merging
+from peftkern.qlora.adapter import LinearAdapter
 from peftkern.qlora.frozen import FrozenLinear
+from peftkern.qlora.placing import keep_hooks
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -57,7 +60,8 @@ def merge(
         TypeError: `dtype` is not float.
         ValueError: a quantised base and neither `dtype` nor `requantize`, or both; a layer that is
             merged already or would not be finite; one to unload that is the model itself, or whose
-            forward is replaced on the instance; no adapter, or one of peft's.
+            forward is replaced on the instance; no adapter, one that is not linear in its input, or
+            one of peft's.
     """
     layers = _layers(model)
     for name, layer in layers.items():
@@ -76,9 +80,11 @@ def merge(
     return model
 
 
-def _refuse_unloading(model: nn.Module, name: str, layer: QLoRALinear) -> None:
+def _refuse_unloading(model: nn.Module, name: str, layer: LinearAdapter) -> None:
     if layer is model:
-        raise ValueError("model must hold the layers that are unloaded, got a QLoRALinear itself")
+        raise ValueError(
+            f"model must hold the layers that are unloaded, got a {type(layer).__name__} itself"
+        )
     if "forward" in vars(layer):
         raise ValueError(
             f"{name} must have the forward of its class to be unloaded, got one on the instance, "
@@ -87,7 +93,7 @@ def _refuse_unloading(model: nn.Module, name: str, layer: QLoRALinear) -> None:
 
 
 def _unload(
-    model: nn.Module, layers: dict[str, QLoRALinear], dtype: torch.dtype | None, requantize: bool
+    model: nn.Module, layers: dict[str, LinearAdapter], dtype: torch.dtype | None, requantize: bool
 ) -> None:
     places = parents(model)
     while layers:
@@ -118,7 +124,7 @@ def _forget_quantization(module: nn.Module) -> None:
             vars(module).pop(mark, None)
 
 
-def _plain(layer: QLoRALinear, weight: QuantizedWeight | Tensor) -> nn.Module:
+def _plain(layer: LinearAdapter, weight: QuantizedWeight | Tensor) -> nn.Module:
     """What stands in the layer's place once its adapter is in the weight."""
     if isinstance(weight, QuantizedWeight):
         plain: nn.Module = FrozenLinear(weight, layer.bias)
@@ -150,7 +156,7 @@ def unmerge(model: Model) -> Model:
     return model
 
 
-def _layers(model: nn.Module) -> dict[str, QLoRALinear]:
+def _layers(model: nn.Module) -> dict[str, LinearAdapter]:
     theirs = [n for n, m in model.named_modules() if _select.is_a(m, "peft", "BaseTunerLayer")]
     if theirs:
         raise ValueError(
@@ -159,4 +165,11 @@ def _layers(model: nn.Module) -> dict[str, QLoRALinear]:
         )
     if not (layers := adapters(model)):
         raise ValueError("model must have an adapter (peftkern.adapt puts one in), got none")
-    return layers
+    linear: dict[str, LinearAdapter] = {}
+    for name, layer in layers.items():
+        if (reason := layer.merge_obstacle()) is not None:
+            kind = type(layer).__name__
+            raise ValueError(f"{name} must have a place in a weight to merge, got {kind}: {reason}")
+        assert isinstance(layer, LinearAdapter)
+        linear[name] = layer
+    return linear

@@ -12,7 +12,6 @@ from peftkern import _select, _siblings, _swapped
 from peftkern._conditions import why_not
 from peftkern._obstacles import is_candidate, obstacle
 from peftkern.adapt import Skipped
-from peftkern.qlora import QLoRALinear
 from peftkern.report import Report, report
 
 
@@ -125,11 +124,11 @@ def _optimize(root: nn.Module) -> Report:
             planned[layer] = cls
     for layer, cls in planned.items():
         _swapped.swap(layer, cls)
-    _siblings.connect(root, lambda m: isinstance(m, (_swapped.Lora, QLoRALinear)))
+    _siblings.connect(root)
     result = report(root)
     if not (result.rows or result.skipped or skipped):
         reason = "neither adapted by peft nor quantised by bitsandbytes"
-        skipped = [Skipped(n[0], reason) for m, n in places.items() if _select._is_linear(m)]
+        skipped = [Skipped(n[0], reason) for m, n in places.items() if _select.is_linear(m)]
     return replace(result, skipped=[*result.skipped, *skipped])
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftkern import _conditions, _peft, _swapped
+from peftkern import _conditions, _swapped
+from peftkern._family import Adapter, adapters
 from peftkern._select import starred
-from peftkern.adapt import Skipped, adapters
+from peftkern.adapt import Skipped
 from peftkern.qlora import QLoRALinear
-
-VLLM_DEFAULT_RANK, VLLM_MAX_RANK = 16, 512  # of vLLM's option max_lora_rank
+from peftkern.qlora.described import vllm_rank
+from peftkern.qlora.frozen import FrozenLinear
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def report(model: nn.Module) -> Report:
     rows = [_row(name, layer, list(layers.values())) for name, layer in layers.items()]
     parameters = sum(p.numel() for p in model.parameters())
     for layer in layers.values():  # a packed byte holds two weights
-        if (weight := layer.quantized_weight) is not None:
+        weight = layer.quantized_weight if isinstance(layer, FrozenLinear) else None
+        if weight is not None:
             parameters += weight.shape.numel() - weight.packed.numel()
     skipped = list(getattr(model, "_peftkern_skipped", ()))
     optimized = {n: m for n, m in model.named_modules() if isinstance(m, _swapped.Swapped)}
@@ -136,49 +138,16 @@ def _is_plain(layer: Any) -> bool:
     return len(adapters) == 1 and adapters[0].magnitude is None
 
 
-def _row(name: str, layer: QLoRALinear, layers: list[QLoRALinear]) -> Row:
-    weight = layer.quantized_weight
-    tensors = [*layer.parameters(), *layer.buffers()]
-    stored = layer.base.nbytes + (layer.original.weight.nbytes if layer.original else 0)
-    dtype = str(layer.weight.dtype).removeprefix("torch.")
+def _row(name: str, layer: Adapter, layers: list[Adapter]) -> Row:
     return Row(
         name=name,
         layer=type(layer).__name__,
-        format=dtype if weight is None else weight.format.name,
+        format=layer.format(),
         trainable=sum(p.numel() for p in layer.parameters() if p.requires_grad),
-        bytes=stored + sum(t.nbytes for t in tensors if t is not layer.weight),
-        mergeable=_mergeable(layer),
-        vllm=_vllm(layer, layers),
+        bytes=layer.nbytes(),
+        mergeable=layer.mergeable(),
+        vllm=layer.vllm(layers),
     )
-
-
-def _mergeable(layer: QLoRALinear) -> str:
-    if layer.original is not None:
-        loss = layer.original.loss
-        return "merged" if loss is None else f"merged, error {loss.error:.2g}"
-    if layer.quantized_weight is None or layer.merge_aware:
-        return "exact"
-    return "by dtype or requantize"
-
-
-def _vllm(layer: QLoRALinear, layers: list[QLoRALinear]) -> str:
-    """vLLM takes the scale of every module from the config's r and lora_alpha, patterns unread."""
-    if layer.merge_aware:
-        return "no: merge_aware, only merged"
-    if layer.use_dora:
-        return "no: DoRA"
-    if layer.trains_bias:
-        return "no: a trained bias"
-    r, alpha, rslora = _peft.common(layers)
-    if (_peft.rank(layer), _peft.alpha(layer, rslora)) != (r, alpha):
-        return "no: a rank or alpha of its own"
-    return _vllm_rank(max(map(_peft.rank, layers)))
-
-
-def _vllm_rank(rank: int) -> str:
-    if rank > VLLM_MAX_RANK:
-        return f"no: r above {VLLM_MAX_RANK}"
-    return "yes" if rank <= VLLM_DEFAULT_RANK else f"yes, with max_lora_rank >= {rank}"
 
 
 def _row_of_optimized(name: str, layer: Any, layers: list[Any]) -> Row:
@@ -207,7 +176,7 @@ def _vllm_of_peft(layer: Any, layers: list[Any]) -> str:
         facts = [(other.r[name], other.scaling[name]) for other in others if name in other.r]
         if (layer.r[name], layer.scaling[name]) != Counter(facts).most_common(1)[0][0]:
             return "no: a rank or alpha of its own"
-    return _vllm_rank(max(max(other.r.values(), default=0) for other in others))
+    return vllm_rank(max(max(other.r.values(), default=0) for other in others))
 
 
 def _table(rows: list[list[str]], numbers: tuple[int, ...]) -> list[str]:

@@ -17,10 +17,13 @@ from peftkern import _native
 from peftkern._verdict import Case, Verdict
 from peftkern.bottleneck.cases import cases as bottleneck_cases
 from peftkern.info import info
+from peftkern.onebit.cases import cases as onebit_cases
 from peftkern.qlora.cases import cases as qlora_cases
 
 # A family adds its own here: from a device to its cases.
-FAMILIES: tuple[Callable[[torch.device], Iterator[Case]], ...] = (qlora_cases, bottleneck_cases)
+FAMILIES: tuple[Callable[[torch.device], Iterator[Case]], ...] = (
+    qlora_cases, bottleneck_cases, onebit_cases,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

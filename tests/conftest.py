@@ -25,6 +25,13 @@ if _native.loaded:  # without the compiled library there is nothing but the refe
 if torch.cuda.is_available():  # what cuBLAS asks for before it is deterministic
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# Built for CUDA, as PyPI has it, torchvision brings no ops to a torch that is not, but describes
+# these: nothing that imports it, timm and transformers among them, could be imported.
+if torch.version.cuda is None and find_spec("torchvision"):
+    for op in ("nms", "qnms"):
+        schema = "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor"
+        torch.library.define(f"torchvision::{op}", schema)
+
 # Fills torch's fresh buffers with NaN too, those of at::empty included.
 torch.use_deterministic_algorithms(True)
 
@@ -46,6 +53,11 @@ def bnb():
 @pytest.fixture(scope="session")
 def peft():
     return pytest.importorskip("peft", reason="compares with peft")
+
+
+@pytest.fixture(scope="session")
+def timm():
+    return pytest.importorskip("timm", reason="adapts models of timm")
 
 
 @pytest.fixture(scope="session", params=["cpu", *["cuda"] * torch.cuda.is_available()])

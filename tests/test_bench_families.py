@@ -10,6 +10,7 @@ from peftkern import qlora
 from peftkern.bench import Row, harness, peers, qlora_gpu, qlora_training, timing
 from peftkern.bench import bottleneck as bottleneck_bench
 from peftkern.bench import model as model_bench
+from peftkern.bench import onebit as onebit_bench
 from peftkern.bench import qlora as qlora_bench
 from peftkern.bench.layers import Case
 
@@ -95,3 +96,17 @@ def test_every_contender_of_the_model_is_right(
     found = outcome(model_bench.rows(quick=True))
     bad = {key: said for key, said in found.items() if said.startswith(("wrong", "failed"))}
     assert not bad, bad
+
+
+@pytest.mark.parametrize("part", ["on_bits", "branch", "step", "quantizing", "packing"])
+def test_every_contender_of_onebit_is_right(
+    part: str, brief: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"SIZE": 64, "ROWS": (1, 8), "TOKENS": 20, "WIDTH": 64, "RANK": 8, "MATRICES": 4}
+    for name, value in (small | {"BRANCHES": 2}).items():
+        monkeypatch.setattr(onebit_bench, name, value)
+    # Compiling takes longer than all the rest.
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    found = outcome(getattr(onebit_bench, part)(quick=True))
+    bad = {key: said for key, said in found.items() if said.startswith(("wrong", "failed"))}
+    assert found and not bad, bad

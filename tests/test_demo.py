@@ -233,7 +233,7 @@ def test_a_twin_that_dies_is_status_1(folder, book, tmp_path, monkeypatch, capfd
 
 
 def test_a_perplexity_that_does_not_fall_fails(folder, book, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "_rate", lambda step, recipe: 0.0)
+    monkeypatch.setattr(train, "rate", lambda step, recipe: 0.0)
     arguments = ["demo", "--model", str(folder), "--text", str(book), "--out", str(tmp_path)]
     assert cli.main([*arguments, "--steps", "1", "--quiet"]) == 1
     shown = capsys.readouterr()

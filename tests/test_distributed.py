@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import peftkern
 from peftkern import LoraConfig
-from peftkern.adapt import adapters
+from peftkern._family import adapters
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch's gloo")
 

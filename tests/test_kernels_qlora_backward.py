@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from launchers import COLUMNS, DTYPES, SIZES, TILES, counted, on
 from samples import FORMATS, sample
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from peftkern import _verdict
 from peftkern.qlora import fallback, reference
@@ -16,18 +16,8 @@ from peftkern.qlora.ops import operand
 triton_qlora = pytest.importorskip("peftkern.kernels.qlora", reason="needs triton")
 from peftkern.kernels import qlora_paths as paths  # noqa: E402
 from peftkern.kernels import qlora_strips as strips  # noqa: E402
-from peftkern.kernels.qlora_forward import down_kernel  # noqa: E402
 
-DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-SIZES = st.integers(1, 70)
-COLUMNS = st.one_of(SIZES, st.sampled_from([64, 128]))
 PATHS = st.sampled_from(["gemm", "panels"])
-# Of the interpreter, and smaller ones: several to an axis, and programs that share their sums.
-TILES = [None, paths.Tile(16, 16, 32, 4, 1, 2)]
-
-
-def on(device, *tensors):
-    return [t if t is None else t.to(device) for t in tensors]
 
 
 def arguments(grad, x, weight, bias, lora_a, lora_b, *rest):
@@ -162,6 +152,13 @@ def test_strips_of_several_blocks_are_added_up(device, dtype, grouped, monkeypat
     assert_every_gradient(grad, x, weight, *parameters, 0.5, 0.25, seed, *groups, tile=TILES[1])
 
 
+def test_all_of_x_may_be_dropped(device):
+    x, weight, *parameters = on(device, *sample(9, 64, 20, 4))
+    grad, seed = torch.randn(20, 9, device=device), torch.tensor([3], device=device)
+    for path in ("gemm", "panels"):
+        assert_every_gradient(grad, x, weight, *parameters, 0.5, 1.0, seed, path=path)
+
+
 @pytest.mark.parametrize("kernel", ["lora_bwd", "grad_a", "grad_weight"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_tile_of_the_table_gives_the_reference(device, kernel, dtype):
@@ -234,31 +231,6 @@ def test_double_precision_is_left_to_the_fallback(device):
     x, weight, *parameters = on(device, *sample(9, 64, 5, 4, torch.float64))
     grad = torch.randn(5, 9, dtype=torch.float64, device=device)
     assert_every_gradient(grad, x, weight, *parameters)
-
-
-class Rooms(TorchDispatchMode):
-    """Counts the tensors that torch makes room for."""
-
-    rooms = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.rooms += func._opname in {"empty", "new_empty", "empty_like", "zeros", "new_zeros"}
-        return func(*args, **(kwargs or {}))
-
-
-def counted(run):
-    """What it returns, the kernels that it launches, and the tensors that it makes room for."""
-    launches, launch = [], type(down_kernel).run
-
-    def record(kernel, *args, **kwargs):
-        launches.append(kernel.__name__)
-        with _disable_current_modes():  # the interpreter has tensors of its own
-            return launch(kernel, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch, Rooms() as count:
-        patch.setattr(type(down_kernel), "run", record)
-        found = run()
-    return found, launches, count.rooms
 
 
 def test_a_training_step_is_a_handful_of_launches_and_allocations(device):

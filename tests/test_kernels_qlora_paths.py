@@ -77,9 +77,10 @@ def test_another_machine_s_measurements_are_passed_over(hopper):
     assert choose(95) == "panels"
 
 
-def test_a_file_that_is_no_json_is_an_error(hopper):
-    hopper.write_text("{")
-    with pytest.raises(ValueError, match=f"{hopper} must hold JSON, got .*: write it again"):
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_file_of_another_form_is_an_error(hopper, content):
+    hopper.write_text(content)
+    with pytest.raises(ValueError, match=f"{hopper} must hold JSON by device, got .*: write it ag"):
         choose(95)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from launchers import DTYPES, TILES
 from samples import FORMATS, quantized
 
 from peftkern import _native, _verdict
@@ -13,7 +14,6 @@ triton_qlora = pytest.importorskip("peftkern.kernels.qlora", reason="needs trito
 from peftkern.kernels import qlora_paths as paths  # noqa: E402
 
 OUTPUTS, RANKS, SCALES = (5, 3, 24), (1, 4, 20), [0.5, 1.0, 1.5]
-TILES = [None, paths.Tile(16, 16, 32, 4, 1, 2)]
 
 
 def sample(device, inputs, columns, dtype, formats=FORMATS):
@@ -47,18 +47,7 @@ def arguments(weights, parameters, dropout, seeds):
     return [tensors, layouts, *three, SCALES, dropout, seeds]
 
 
-@given(
-    inputs=st.sampled_from([0, 1, 40]),
-    columns=st.sampled_from([1, 37, 64, 100]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    formats=st.permutations([*FORMATS, "dense"]).map(lambda all: all[:3]),
-    p=st.sampled_from([0.0, 0.25, 1.0]),
-    path=st.sampled_from(["gemm", "panels"]),
-    tile=st.sampled_from(TILES),
-)
-def test_outputs_and_gradients_are_the_reference_s(
-    device, inputs, columns, dtype, formats, p, path, tile
-):
+def assert_outputs_and_gradients(device, inputs, columns, dtype, formats, p, path, tile):
     x, weights, parameters = sample(device, inputs, columns, dtype, formats)
     seeds = [torch.tensor([i], device=device) for i in range(3)] if p else []
     fixed = arguments(weights, parameters, p, seeds)
@@ -96,6 +85,27 @@ def test_outputs_and_gradients_are_the_reference_s(
 
         (verdict,) = _verdict.judge([down], low_rank, x, a)
         assert verdict.passed, verdict
+
+
+@given(
+    inputs=st.sampled_from([0, 1, 40]),
+    columns=st.sampled_from([1, 37, 64, 100]),
+    dtype=DTYPES,
+    formats=st.permutations([*FORMATS, "dense"]).map(lambda all: all[:3]),
+    p=st.sampled_from([0.0, 0.25, 1.0]),
+    path=st.sampled_from(["gemm", "panels"]),
+    tile=st.sampled_from(TILES),
+)
+def test_outputs_and_gradients_are_the_reference_s(
+    device, inputs, columns, dtype, formats, p, path, tile
+):
+    assert_outputs_and_gradients(device, inputs, columns, dtype, formats, p, path, tile)
+
+
+@pytest.mark.parametrize("path", ["gemm", "panels"])
+@pytest.mark.parametrize("tile", TILES[:2], ids=["usual", "split"])
+def test_each_has_a_mask_of_its_own_and_one_buffer_takes_all(device, path, tile):
+    assert_outputs_and_gradients(device, 40, 64, torch.float32, FORMATS, 0.25, path, tile)
 
 
 def test_only_what_is_asked_for_is_computed(device):

@@ -58,7 +58,7 @@ def test_nothing_else_is_kept_and_one_weight_at_most_is_there_twice(way, monkeyp
     model = adapted(config)
     layers = [m for m in model.modules() if isinstance(m, QLoRALinear)]
     originals = [weakref.ref(layer.weight) for layer in layers]
-    adapters = [weakref.ref(p) for layer in layers for p in layer.adapter()]
+    adapters = [weakref.ref(p) for layer in layers for p in layer.trained()]
     made, alive, merged = [], [], merging.merged
 
     def counting(*args):

@@ -1,4 +1,4 @@
-"""Compiles qlora's Triton kernels for GPUs that need not be there, and says what came out, in JSON.
+"""Compiles the Triton kernels for GPUs that need not be there, and says what came out, in JSON.
 
     python tests/triton_gates.py
 
@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from peftkern.bench import sass
-from peftkern.kernels import qlora, qlora_backward, qlora_paths
+from peftkern.kernels import bottleneck, onebit, qlora, qlora_backward, qlora_paths
 
 ARCHITECTURES = {"sm80": 80, "sm90": 90, "sm100": 100}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -105,6 +105,40 @@ def dequantize(format):
     qlora.dequantize(base, layout, tensor(SIZE, SIZE, dtype=torch.bfloat16))
 
 
+def adapter(
+    rows, dtype=torch.bfloat16, size=SIZE, rank=64, norm=False, trains=True, onto_x=True, p=0.1
+):
+    """Forward and backward of a bottleneck with dropout; its parameters are float32."""
+    x = tensor(rows, size, dtype=dtype)
+    factors = [tensor(rank, size), tensor(size, rank), tensor(rank), tensor(size), tensor(1)]
+    norms = [*[tensor(size) if norm else None] * 2, 1e-5 if norm else None]
+    rest = [onto_x, *norms, p, tensor(1, dtype=torch.int64)]
+    gelu = 2
+    y, hidden = bottleneck.linear(x, *factors, 2.0, gelu, None, *rest)
+    needs = [True, *[trains] * 5, *[trains and norm] * 2]
+    bottleneck.linear_bwd(y, x, hidden, *factors, 2.0, gelu, *rest, needs)
+
+
+def latents(bits):
+    """Those of 12 adapters, and one that is summed up in parts."""
+    weights = [tensor(32, 768), tensor(768, 32)] * 12 + [tensor(100, 768)]
+    statistics = onebit.statistics(weights)
+    onebit.quantize_bwd(onebit.quantize(weights, statistics, bits), weights, statistics, bits)
+
+
+def codes(bits):
+    weight, statistics = tensor(SIZE, SIZE), tensor(1, 2)
+    packed = onebit.encode(weight, statistics, bits)
+    onebit.pack(onebit.unpack(packed, bits, SIZE), bits)
+    onebit.dequantize(packed, statistics, bits, SIZE, torch.bfloat16)
+
+
+def packed(rows, bits=1, dtype=torch.bfloat16, size=SIZE):
+    laid_out = onebit.lay_out(tensor(size, -(-size * bits // 8), dtype=torch.uint8), bits, size)
+    x = tensor(rows, size, dtype=dtype)
+    onebit.linear(x, laid_out, tensor(1, 2), bits, size, tensor(size))
+
+
 # On every architecture, each kernel in the ways it mostly runs.
 CASES = {
     "nested, few rows": lambda: step("nested"),
@@ -115,6 +149,12 @@ CASES = {
     "dense experts": dense_experts,
     "dequantize nested": lambda: dequantize("nested"),
     "dequantize int8": lambda: dequantize("int8"),
+    "bottleneck": lambda: adapter(4 * MANY),
+    "bottleneck of a wide rank": lambda: adapter(MANY, rank=512, norm=True),
+    "latents": lambda: latents(1),
+    "codes": lambda: codes(1),
+    "packed, few rows": lambda: packed(FEW),
+    "packed, many rows": lambda: packed(MANY),
 }
 # The ways that are left, on one of them.
 RARE = "sm90"
@@ -123,13 +163,23 @@ RARE_CASES = {
     "experts": lambda: step("dense", rows=MANY, experts=EXPERTS),
     "mixed adapters": lambda: step("nested", experts=EXPERTS, mixed=True),
     "uneven": lambda: step("nested", torch.float16, size=1001),
+    "bottleneck, float32": lambda: adapter(4 * MANY, torch.float32),
+    "bottleneck with a norm": lambda: adapter(4 * MANY, rank=128, norm=True, trains=False),
+    "bottleneck, uneven": lambda: adapter(4 * MANY, torch.float16, 1001, rank=30, trains=False),
+    "latents of 4 bits": lambda: latents(4),
+    "codes of 4 bits": lambda: codes(4),
+    "packed, 2 bits": lambda: packed(FEW, 2),
+    "packed, 4 bits": lambda: packed(FEW, 4),
+    "packed, float32": lambda: packed(FEW, dtype=torch.float32),
+    "packed, uneven": lambda: packed(FEW, size=1001),
 }
 
 
 def typed(value, parameter):
     """An argument's type as Triton names it, and whether it counts as a multiple of 16."""
     if isinstance(value, torch.Tensor):
-        return "*" + TYPES[value.dtype], True  # as torch's allocator gives them
+        # As torch's allocator gives them.
+        return "*" + TYPES[value.dtype], not parameter.do_not_specialize_on_alignment
     one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
     if parameter.is_constexpr or value is None or one:
         return "constexpr", False
@@ -146,7 +196,7 @@ def source(kernel, args, kwargs):
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = given[parameter.name]
-        many = isinstance(value, tuple)
+        many = isinstance(value, tuple) and not parameter.is_constexpr
         types = []
         for j, single in enumerate(value if many else [value]):
             name, aligned = typed(single, parameter)
@@ -185,7 +235,11 @@ def facts(compiled):
 
 # Steps that are to share their compiled kernels: as many tiles of rows, and dropout.
 SAME = {
-    f"{rows} rows, p {p}": lambda rows=rows, p=p: step("nested", rows=rows, p=p)
+    f"{rows} rows, p {p}": lambda rows=rows, p=p: (
+        step("nested", rows=rows, p=p),
+        adapter(rows, norm=True, p=p),
+        adapter(4 * rows, p=p),
+    )
     for rows, p in [(MANY, 0.1), (MANY - 1, 0.2), (MANY - 63, 0.1), (MANY, 2**-32), (MANY, 2**-28)]
 }
 

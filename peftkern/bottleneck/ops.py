@@ -43,6 +43,7 @@ _linear_op = _native.define(
     _fake_linear,
     fallback.linear,
 )
+_native.register_triton("bottleneck", "linear")
 # needs, and what comes: x, down, up, bias_down, bias_up, gate, norm_weight, norm_bias. A residual's
 # gradient is grad itself.
 _linear_bwd_op = _native.define(
@@ -53,6 +54,7 @@ _linear_bwd_op = _native.define(
     _fake_linear_bwd,
     fallback.linear_bwd,
 )
+_native.register_triton("bottleneck", "linear_bwd")
 
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _Fixed = tuple[float, int, bool, float | None, float, Tensor | None]

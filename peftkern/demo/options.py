@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftkern.onebit import OneBitConfig
 from peftkern.qlora import LoraConfig
 
 # Name on the command line -> the config that `peftkern.adapt` takes.
-METHODS: dict[str, Callable[[], LoraConfig]] = {
+METHODS: dict[str, Callable[[], LoraConfig | OneBitConfig]] = {
     "qlora": lambda: LoraConfig(r=16, lora_alpha=32, base="nf4"),
+    "onebit": lambda: OneBitConfig(r=16, scale=10.0, base="nf4"),
 }
 
 
@@ -21,9 +23,10 @@ class DemoFailed(Exception):
 @dataclass(frozen=True)
 class Options:
     method: str = "qlora"
-    steps: int = 100
+    steps: int | None = None  # the demo's own number
     text: Path | None = None
     model: Path | None = None
     out: Path = Path("demo-out")
     compare_peers: bool = False
     quiet: bool = False
+    vision: bool = False

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import peftkern
+from peftkern._folder import TENSORS
 from peftkern.demo import model as language_model
 from peftkern.demo import peers, show, text, train
 from peftkern.demo.options import METHODS, DemoFailed, Options
@@ -25,7 +26,7 @@ def run(options: Options) -> None:
     Raises:
         DemoFailed: no model, no text, a perplexity that did not fall, or curves that differ.
     """
-    recipe = Recipe(steps=options.steps)
+    recipe = Recipe() if options.steps is None else Recipe(steps=options.steps)
     path = options.model or language_model.embedded()
     options.out.mkdir(parents=True, exist_ok=True)
     show.say(f"Reading {path.name}", options.quiet)
@@ -43,7 +44,7 @@ def run(options: Options) -> None:
     torch.manual_seed(recipe.seed)
     peftkern.adapt(model, config)
     rows = peftkern.report(model).rows
-    adapter = sum(tensor.nbytes for tensor in peftkern.adapter_state_dict(model).values())
+    adapter = sum(parameter.nbytes for parameter in peftkern.trainable_parameters(model))
     base = config.base if isinstance(config.base, str) else "as they are"
     facts[f"adapted weights, {base}"] = show.megabytes(sum(row.bytes for row in rows) - adapter)
     print(f"Base: {loaded.source}, then requantised to {base}; {len(rows)} linears adapted.")
@@ -54,6 +55,10 @@ def run(options: Options) -> None:
     results = _train(model, data, recipe, options, path)
     written["after"] = show.sample(model, tokenizer, data.prompt, recipe.seed)
     peftkern.save_adapter(model, options.out / "adapter")
+    size = (options.out / "adapter" / TENSORS).stat().st_size
+    facts["adapter's file"] = show.megabytes(size)
+    if isinstance(config, peftkern.OneBitConfig):
+        facts["LoRA's file, same rank, float32"] = show.megabytes(adapter)
 
     show.plot(results, options.out / "loss.png")
     _write(options.out, results, recipe, written)

@@ -100,19 +100,30 @@ def megabytes(size: int) -> str:
 
 
 def plot(results: dict[str, Result], path: Path) -> None:
+    held_out = {name: (r.held_out_before, r.held_out_after) for name, r in results.items()}
+    curves({n: r.losses for n, r in results.items()}, path, "loss (nats a token)", held_out)
+
+
+def curves(
+    losses: dict[str, list[float]],
+    path: Path,
+    label: str = "loss",
+    held_out: dict[str, tuple[float, float]] | None = None,
+) -> None:
+    """Of every run its training loss, and what it was on held-out data before and after."""
     # A Figure without pyplot: no display, no window, no state that outlives the call.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes: Any = figure.subplots()
-    for (name, result), style in zip(results.items(), ("-", "--"), strict=False):
-        steps = range(1, len(result.losses) + 1)
-        (line,) = axes.plot(steps, result.losses, style, linewidth=1, label=f"{name}, training")
-        held_out = [result.held_out_before, result.held_out_after]
-        ends = [0, len(result.losses)]
-        axes.plot(ends, held_out, "o", color=line.get_color(), label=f"{name}, held-out")
+    for (name, values), style in zip(losses.items(), ("-", "--", ":"), strict=False):
+        steps = range(1, len(values) + 1)
+        (line,) = axes.plot(steps, values, style, linewidth=1, label=f"{name}, training")
+        if held_out is not None:
+            color, ends = line.get_color(), [0, len(values)]
+            axes.plot(ends, held_out[name], "o", color=color, label=f"{name}, held-out")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -61,7 +61,7 @@ def run(
     """Evaluates, takes the recipe's steps within `progress`, and evaluates again."""
     before = evaluate(model, held_out, recipe.batch)
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, recipe))
     losses: list[float] = []
     seconds: list[float] = []
     of_training = memory.reset_peak()
@@ -105,7 +105,7 @@ def batches(windows: Tensor, recipe: Recipe) -> Iterator[Tensor]:
         queue = queue[recipe.batch :]
 
 
-def _rate(step: int, recipe: Recipe) -> float:
+def rate(step: int, recipe: Recipe) -> float:
     """Share of the learning rate: up over the warm-up, then straight down to nothing."""
     return min((step + 1) / recipe.warmup, 1.0) * (1 - step / recipe.steps)
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from peftkern import _check
+from peftkern import _check, _family
 from peftkern.qlora.codes import quantize
 from peftkern.qlora.format import BLOCK_SIZES, Format, find_format
+from peftkern.qlora.placing import LinearConfig, features
 from peftkern.qlora.weight import QuantizedWeight, stored_as
 
 # What peft calls "loftq" with iterations in a second config is "loftq_N" here.
@@ -26,7 +29,7 @@ STORAGES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(LinearConfig):
     """LoRA (Hu et al., 2021) on a base that may be quantised (Dettmers et al., 2023).
 
     Args:
@@ -70,6 +73,8 @@ class LoraConfig:
     Raises:
         ValueError: a value out of range.
     """
+
+    method = "lora"
 
     r: int = 16
     lora_alpha: float = 32
@@ -119,6 +124,65 @@ class LoraConfig:
     @property
     def scaling(self) -> float:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def at_rank(self, r: int) -> LoraConfig:
+        """At the same scale."""
+        if r == self.r:
+            return self
+        lora_alpha = self.scaling * (math.sqrt(r) if self.use_rslora else r)
+        return replace(self, r=r, lora_alpha=lora_alpha)
+
+    def start_obstacle(self, rows: int, columns: int) -> str | None:
+        """Why the start cannot fill the rank on a weight of this shape; None where it can."""
+        most, needed = min(rows, columns), self.r
+        if self.start == "orthogonal":
+            most, needed = columns, self.r * ((self.start_number or 0) + 1)
+        if self.start in ("uniform", "gaussian") or needed <= most:
+            return None
+        return f"{self.init_lora_weights!r} with r={self.r} needs {needed} dimensions, not {most}"
+
+    def check(self, model: nn.Module, configs: Sequence[_family.Config]) -> None:
+        layers = _family.adapters(model).values()
+        dora = {c.use_dora for c in configs if isinstance(c, LoraConfig)}
+        dora |= {m.use_dora for m in layers if isinstance(m, _layer())}
+        if len(dora) > 1:
+            raise ValueError("use_dora must be the same for every adapter of a model, got both")
+
+    def of_module(self, name: str) -> LoraConfig:
+        """Of several patterns the first that fits wins."""
+        return replace(
+            self,
+            r=_of_pattern(self.rank_pattern, name, self.r),
+            lora_alpha=_of_pattern(self.alpha_pattern, name, self.lora_alpha),
+            rank_pattern={},
+            alpha_pattern={},
+        )
+
+    def unquantised(self) -> LoraConfig:
+        """Then LoftQ has nothing to make up for."""
+        start = True if self.start == "loftq" else self.init_lora_weights
+        return replace(self, base=None, init_lora_weights=start)
+
+    def unfit(self, module: nn.Module, quantized: bool) -> str | None:
+        if quantized and self.start == "loftq":
+            return "quantised already, and LoftQ needs the float weight"
+        if not quantized and self.base is None and self.merge_aware:
+            return "its base is not quantised, which merge_aware needs"
+        rows, columns = features(module)
+        stored = None if quantized else storage_obstacle(rows * columns, self)
+        return stored or self.start_obstacle(rows, columns)
+
+    def build(self, linear: nn.Module, start: Any, shared: Any) -> nn.Module:
+        return _layer().from_config(linear, self, start)  # type: ignore[no-any-return]
+
+    def wanted(self, rows: int, columns: int, bias: bool) -> _family.Wanted:
+        from peftkern.qlora import described  # which needs this module
+
+        return described.wanted(self.r, rows, columns, self.use_dora, bias, False)
+
+    @classmethod
+    def from_fields(cls, content: dict[str, Any], names: Sequence[str]) -> LoraConfig:
+        return cls(**content, target_modules="|".join(map(re.escape, names)))
 
     def _named_start(self) -> tuple[str, int | None]:
         if isinstance(self.init_lora_weights, bool):
@@ -201,3 +265,13 @@ def storage_obstacle(count: int, config: LoraConfig) -> str | None:
         return None
     name = str(config.quant_storage).removeprefix("torch.")
     return f"its {bytes_} packed bytes are no whole number of {name}"
+
+
+def _of_pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:
+    return next((v for k, v in pattern.items() if re.match(rf"(.*\.)?({k})$", name)), default)
+
+
+def _layer() -> Any:
+    from peftkern.qlora.layer import QLoRALinear  # which needs this module
+
+    return QLoRALinear

@@ -11,12 +11,12 @@ W A^T is `linear` at x = A: one pass over the weight as it is stored, and `[out,
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from peftkern._seen import Seen
 from peftkern.qlora.codes import dequantize
 from peftkern.qlora.ops import linear
 from peftkern.qlora.weight import QuantizedWeight
@@ -40,7 +40,7 @@ class Norms:
     def __init__(self) -> None:
         self._squares: Tensor | None = None
         self._norms: Tensor | None = None
-        self._weight, self._factors = _Seen(), _Seen()
+        self._weight, self._factors = Seen(), Seen()
 
     def __reduce__(self) -> tuple[type[Norms], tuple[()]]:
         return Norms, ()  # a copy has other tensors to look at
@@ -62,35 +62,14 @@ class Norms:
         compiling = torch.compiler.is_compiling()  # then there are no storages to look at
         if self._squares is None or not (compiling or self._weight.is_of([_stored(weight)])):
             self._squares, self._norms = squares(weight), None
-            self._weight = _Seen() if compiling else _Seen([_stored(weight)])
+            self._weight = Seen() if compiling else Seen([_stored(weight)])
         if compiling or torch.is_grad_enabled():
             self._norms = None
             return norms(weight, self._squares, a, b, scale)
         if self._norms is None or not self._factors.is_of(made_of, scale):
             self._norms = norms(weight, self._squares, a, b, scale)
-            self._factors = _Seen(made_of, scale)
+            self._factors = Seen(made_of, scale)
         return self._norms
-
-
-class _Seen:
-    """Tensors as they were: the objects, their storages and the number of writes to them."""
-
-    def __init__(self, tensors: Sequence[Tensor] = (), scale: float = 1.0) -> None:
-        # Not held: whoever shards a weight frees it between its uses. One that is gone is not seen.
-        self.tensors = [weakref.ref(tensor) for tensor in tensors]
-        self.facts = [scale, *map(_facts, tensors)]
-
-    def is_of(self, tensors: Sequence[Tensor], scale: float = 1.0) -> bool:
-        return (
-            len(tensors) == len(self.tensors)
-            and all(seen() is t for seen, t in zip(self.tensors, tensors, strict=True))
-            and self.facts == [scale, *map(_facts, tensors)]
-        )
-
-
-def _facts(tensor: Tensor) -> tuple[int, torch.dtype, torch.device, int]:
-    version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), tensor.dtype, tensor.device, version
 
 
 def squares(weight: Tensor | QuantizedWeight) -> Tensor:

@@ -28,7 +28,7 @@ def linear(
     lora_a: Tensor | None, lora_b: Tensor | None, scale: float, dropout: float,
     seed: Tensor | None, offsets: Tensor | None, adapter: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    flat, w = x.flatten(0, -2) if x.dim() > 1 else x[None], dense(weight, layout).to(x.dtype)
+    flat, w = _rows(x), dense(weight, layout).to(x.dtype)
     y = flat.new_zeros(len(flat), layout[1])
     for e, rows in _expert_rows(flat, offsets):
         y[rows] = reference.linear(flat[rows], w[e], None if bias is None else _at(bias, 1, e))
@@ -59,8 +59,8 @@ def linear_bwd(
     dropout: float, seed: Tensor | None, offsets: Tensor | None, adapter: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    g, w = grad.reshape(-1, layout[1]), dense(weight, layout)
-    flat = g.new_empty(0) if x is None else x.view(-1, layout[2])  # none comes where none is needed
+    g, w = _rows(grad), dense(weight, layout)
+    flat = g.new_empty(0) if x is None else _rows(x)  # none comes where none is needed
     originals = (grad.new_empty(*grad.shape[:-1], layout[2]), weight[0], bias, lora_a, lora_b)
     grad_x, grad_w, grad_bias, grad_a, grad_b = grads = [
         torch.zeros(t.shape, dtype=grad.dtype, device=grad.device)
@@ -70,7 +70,7 @@ def linear_bwd(
     ]
     for e, rows in _expert_rows(g, offsets):
         if grad_x is not None:
-            grad_x.view(-1, layout[2])[rows] = g[rows] @ w[e].to(g.dtype)
+            _rows(grad_x)[rows] = g[rows] @ w[e].to(g.dtype)
         if grad_w is not None:
             grad_w.view(w.shape)[e] = g[rows].t() @ flat[rows]
         if grad_bias is not None:
@@ -92,6 +92,11 @@ def linear_bwd(
         for g, t in zip(grads, originals, strict=True)
         if g is not None and t is not None
     ]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`[rows, columns]`, a view where x is whole."""
+    return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
 def dense(weight: Sequence[Tensor], layout: Sequence[int]) -> Tensor:

@@ -64,19 +64,8 @@ def factors(weight: Tensor | QuantizedWeight, config: LoraConfig) -> Factors:
     return a, b
 
 
-def obstacle(config: LoraConfig, rows: int, columns: int) -> str | None:
-    """Why this start cannot fill the config's rank; None where it can."""
-    start, number = config.start, config.start_number
-    most, needed = min(rows, columns), config.r
-    if start == "orthogonal":
-        most, needed = columns, config.r * ((number or 0) + 1)
-    if start in ("uniform", "gaussian") or needed <= most:
-        return None
-    return f"{config.init_lora_weights!r} with r={config.r} needs {needed} dimensions, not {most}"
-
-
 def _check_rank(config: LoraConfig, weight: Tensor | QuantizedWeight) -> None:
-    if reason := obstacle(config, *weight.shape):
+    if reason := config.start_obstacle(*weight.shape):
         raise ValueError(f"init_lora_weights must fit the weight, got {reason}")
 
 

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from peftkern.qlora import dora, init, merge_aware, merging
 from peftkern.qlora.config import SPLITTING, LoraConfig, quantized_base
+from peftkern.qlora.described import LoraAdapter
 from peftkern.qlora.format import Format
-from peftkern.qlora.frozen import FrozenLinear, base_of
+from peftkern.qlora.frozen import base_of
 from peftkern.qlora.ops import linear
 from peftkern.qlora.sharing import SharedInput
 from peftkern.qlora.siblings import Sibling
 from peftkern.qlora.weight import QuantizedWeight
 
 
-class QLoRALinear(FrozenLinear):
+class QLoRALinear(LoraAdapter):
     """y = x W^T + bias + scaling * (D(x) A^T) B^T; W and bias are frozen, A and B train.
 
     With `use_dora` (Liu et al., 2024), m trains too and
@@ -49,9 +50,6 @@ class QLoRALinear(FrozenLinear):
     Raises:
         ValueError: a start that this weight does not allow; `merge_aware` on a dense weight.
     """
-
-    initial_A: Tensor | None
-    initial_B: Tensor | None
 
     def __init__(
         self,
@@ -91,15 +89,6 @@ class QLoRALinear(FrozenLinear):
         config = replace(config, r=self.r)
         self.lora_alpha, self.use_rslora = config.lora_alpha, config.use_rslora
         self.scaling = config.scaling
-
-    @property
-    def use_dora(self) -> bool:
-        return self._parameters.get("lora_magnitude_vector") is not None
-
-    def adapter(self) -> list[nn.Parameter]:
-        """The parameters that are not the frozen base's."""
-        names = ("lora_", "bias") if self.trains_bias else ("lora_",)
-        return [p for name, p in self.named_parameters() if name.startswith(names)]
 
     def factors(self) -> init.Factors:
         """A and B such that W + scaling * B A is what the layer multiplies by, DoRA apart.
@@ -194,16 +183,6 @@ class QLoRALinear(FrozenLinear):
         base = weight if self._quantized is None else self._quantized.with_bytes(weight)
         dropout = self.lora_dropout if self.training else 0.0
         return Sibling(base, inside.get("bias"), *factors, self.scaling), dropout
-
-    def merge(self, dtype: torch.dtype | None = None, requantize: bool = False) -> None:
-        """As `peftkern.merge`, of this layer alone."""
-        merged = merging.merged("layer", self, dtype, requantize)
-        merging.warn({} if merged.loss is None else {"the layer": merged.loss})
-        merging.take(self, merged)
-
-    def unmerge(self) -> None:
-        """As `peftkern.unmerge`, of this layer alone."""
-        merging.give_back("layer", self)
 
     @torch.no_grad()
     def merged_rows(self, panel: Tensor, rows: slice) -> Tensor:

@@ -22,7 +22,7 @@ from peftkern.qlora.codes import dequantize, quantize
 from peftkern.qlora.weight import QuantizedWeight, stored_as
 
 if TYPE_CHECKING:
-    from peftkern.qlora.layer import QLoRALinear
+    from peftkern.qlora.adapter import LinearAdapter
 
 PANEL = 1 << 22  # elements: 16 MB of float32
 
@@ -78,7 +78,7 @@ class Original:
         return replace(self, weight=replace(moved, packed=parameter))
 
 
-def refuse(name: str, layer: QLoRALinear, dtype: torch.dtype | None, requantize: bool) -> None:
+def refuse(name: str, layer: LinearAdapter, dtype: torch.dtype | None, requantize: bool) -> None:
     """Raises where it is not clear what to merge into, before anything is computed."""
     if getattr(layer.weight, "device_mesh", None) is not None:
         raise ValueError(
@@ -103,7 +103,7 @@ def refuse(name: str, layer: QLoRALinear, dtype: torch.dtype | None, requantize:
 
 @torch.inference_mode(False)  # whose tensors no later training could use
 @torch.no_grad()
-def merged(name: str, layer: QLoRALinear, dtype: torch.dtype | None, requantize: bool) -> Merged:
+def merged(name: str, layer: LinearAdapter, dtype: torch.dtype | None, requantize: bool) -> Merged:
     """The merged weight; the layer stays as it is.
 
     Raises:
@@ -206,7 +206,7 @@ def _rows(weight: QuantizedWeight, part: slice) -> QuantizedWeight:
     )
 
 
-def _dense(layer: QLoRALinear, base: QuantizedWeight | Tensor, dtype: torch.dtype) -> Tensor:
+def _dense(layer: LinearAdapter, base: QuantizedWeight | Tensor, dtype: torch.dtype) -> Tensor:
     double = torch.float64 in (base.dtype, dtype)
     out = torch.empty(base.shape, dtype=dtype, device=base.device)
     for rows, panel in panels(base, torch.float64 if double else torch.float32):
@@ -214,7 +214,7 @@ def _dense(layer: QLoRALinear, base: QuantizedWeight | Tensor, dtype: torch.dtyp
     return out
 
 
-def _loss(layer: QLoRALinear, base: QuantizedWeight, weight: QuantizedWeight) -> Loss | None:
+def _loss(layer: LinearAdapter, base: QuantizedWeight, weight: QuantizedWeight) -> Loss | None:
     """None where there is no change to lose."""
     change_2 = error_2 = kept_2 = product = 0.0
     for (rows, old), (_, new) in zip(
@@ -251,22 +251,22 @@ def warn(losses: dict[str, Loss]) -> None:
     )
 
 
-def take(layer: QLoRALinear, merged: Merged) -> None:
+def take(layer: LinearAdapter, merged: Merged) -> None:
     """Puts the merged weight in, and keeps the original."""
     layer.original = Original(layer.base, merged.loss)
     layer.set_base(merged.weight)
 
 
-def give_back(name: str, layer: QLoRALinear) -> None:
+def give_back(name: str, layer: LinearAdapter) -> None:
     if layer.original is None:
         raise ValueError(f"{name} must be merged, got a layer that is not")
     layer.set_base(layer.original.weight)
     layer.original = None
 
 
-def refuse_training(layer: QLoRALinear) -> None:
+def refuse_training(layer: LinearAdapter) -> None:
     """Raises rather than let a step train nothing."""
-    trains = any(parameter.requires_grad for parameter in layer.adapter())
+    trains = any(parameter.requires_grad for parameter in layer.trained())
     if layer.training and trains and torch.is_grad_enabled():
         raise RuntimeError(
             "layer must be unmerged to train, got a merged one in training mode: unmerge it, call "

@@ -1,0 +1,97 @@
+"""Files of methods that peft does not have: what the two of them hold, LoRA beside others too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkern import _check
+from peftkern._family import Adapter, Config, Parts, Stored, listed
+from peftkern._folder import CONFIG, TENSORS
+from peftkern.bottleneck import BottleneckConfig, PrefixConfig
+from peftkern.onebit import OneBitConfig
+from peftkern.qlora import LoraConfig
+
+PEFT_TYPE, VERSION = "PEFTKERN", 1
+CONFIGS: dict[str, type[Config]] = {
+    c.method: c for c in (LoraConfig, BottleneckConfig, PrefixConfig, OneBitConfig)
+}
+_DTYPES = (*_check.FLOATS, torch.int64)  # the latter counts the batches of a norm
+
+
+def key(name: str, part: str) -> str:
+    return f"{name}.{part}"
+
+
+def to_file(
+    layers: dict[str, Adapter], other_names: Iterable[str], base: str | None
+) -> dict[str, Any]:
+    """The adapter_config.json of these layers, by name: a list of configs, each with its layers."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, layer in layers.items():
+        entry = {"method": layer.method, "config": layer.fields()}
+        groups.setdefault(json.dumps(entry, sort_keys=True), {**entry, "modules": []})
+        groups[json.dumps(entry, sort_keys=True)]["modules"].append(name)
+    return {
+        "adapters": list(groups.values()),
+        "base_model_name_or_path": base,
+        "peft_type": PEFT_TYPE,
+        "version": VERSION,
+    }
+
+
+def read(content: dict[str, Any], tensors: dict[str, Tensor]) -> Stored:
+    """What both files hold.
+
+    Raises:
+        TypeError, ValueError: one is of another version or corrupt, or they do not fit each other.
+    """
+    if content.get("version") != VERSION:
+        raise ValueError(f"version must be {VERSION} in {CONFIG}, got {content.get('version')!r}")
+    own: dict[str, Config] = {}
+    configs = []
+    for entry in _entries(content):
+        config = _config(entry)
+        configs.append(config)
+        own |= {name: config.of_module(name) for name in entry["modules"]}
+    stored: dict[str, Parts] = {name: {} for name in own}
+    foreign = []
+    for path, tensor in tensors.items():
+        words = path.split(".")
+        ends = (i for i in range(1, len(words)) if ".".join(words[:i]) in own)
+        if (end := next(ends, None)) is None:
+            foreign.append(path)
+            continue
+        _check.dtype(path, tensor, [torch.uint8] if path.endswith(".bits") else _DTYPES)
+        stored[".".join(words[:end])][".".join(words[end:])] = tensor
+    if foreign:
+        raise ValueError(f"{TENSORS} must hold what {CONFIG} names, got {listed(foreign)}")
+    return Stored(stored, own, configs)
+
+
+def _entries(content: dict[str, Any]) -> list[dict[str, Any]]:
+    entries = content.get("adapters")
+    kinds = {"method": str, "config": dict, "modules": list}
+    if not isinstance(entries, list) or not entries or not all(
+        isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in kinds.items())
+        for entry in entries
+    ):  # fmt: skip
+        raise ValueError(
+            f"adapters must be a list of method, config and modules in {CONFIG}, got {entries!r}"
+        )
+    return entries
+
+
+def _config(entry: dict[str, Any]) -> Config:
+    method = entry["method"]
+    if method not in CONFIGS:
+        known = ", ".join(CONFIGS)
+        raise ValueError(f"method must be one of {known} in {CONFIG}, got {method!r}")
+    try:
+        return CONFIGS[method].from_fields(entry["config"], entry["modules"])
+    except TypeError as error:
+        raise ValueError(f"config must be one of {method} in {CONFIG}, got {error}") from error
