@@ -57,7 +57,9 @@ PEFTKERN_INLINE void pack_step(const uint8_t* codes, int64_t bits, uint8_t* pack
     return narrow(reinterpret_cast<int8_t*>(packed), byte);
   }
   const U pairs = four & 0x0F0F0F0Fu, bytes = pairs | pairs >> 4;
-  narrow(reinterpret_cast<uint16_t*>(packed), (bytes & 0xFFu) | (bytes >> 8 & 0xFF00u));
+  uint16_t both[W];  // bytes may lie anywhere, and these may not
+  narrow(both, (bytes & 0xFFu) | (bytes >> 8 & 0xFF00u));
+  std::memcpy(packed, both, sizeof both);
 }
 
 PEFTKERN_INLINE void unpack_step(const uint8_t* packed, int64_t bits, uint8_t* codes) {
@@ -67,8 +69,9 @@ PEFTKERN_INLINE void unpack_step(const uint8_t* packed, int64_t bits, uint8_t* c
     const U byte = load_bytes(packed);
     four = (byte | byte << 6 | byte << 12 | byte << 18) & 0x03030303u;
   } else {
-    const U both = widen(reinterpret_cast<const uint16_t*>(packed));
-    const U apart = (both | both << 8) & 0x00FF00FFu;
+    uint16_t both[W];
+    std::memcpy(both, packed, sizeof both);
+    const U wide = widen(both), apart = (wide | wide << 8) & 0x00FF00FFu;
     four = (apart | apart << 4) & 0x0F0F0F0Fu;
   }
   std::memcpy(codes, &four, sizeof four);

@@ -34,13 +34,14 @@ constexpr int64_t pieces_of(int64_t count) { return (count + kPiece - 1) / kPiec
 constexpr bool is_bits(int64_t bits) { return bits == 1 || bits == 2 || bits == 4; }
 constexpr int64_t bytes_of(int64_t width, int64_t bits) { return (width * bits + 7) / 8; }
 
-// The upper half of the levels, of which the lower is the mirror image;
-// peftkern/onebit/reference.py says whence, and tests hold these against it.
-inline constexpr double kUpperOfOne[] = {0.6744897501960817};
-inline constexpr double kUpperOfTwo[] = {0.37775416114944965, 1.2657203250220042};
-inline constexpr double kUpperOfFour[] = {
-    0.105550281539223,  0.31903599695324814, 0.5400720588695923, 0.775192048082489,
-    1.0340062776501844, 1.3331066789546941,  1.7077375651639932, 2.2654906133785};
+// The upper half of the levels, of which the lower is the mirror image. Whence:
+// peftkern/onebit/reference.py, against which tests hold them. Not inline, or the linker would
+// choose among the instruction sets' copies.
+constexpr double kUpperOfOne[] = {0.6744897501960817};
+constexpr double kUpperOfTwo[] = {0.37775416114944965, 1.2657203250220042};
+constexpr double kUpperOfFour[] = {0.105550281539223,  0.31903599695324814, 0.5400720588695923,
+                                   0.775192048082489,  1.0340062776501844,  1.3331066789546941,
+                                   1.7077375651639932, 2.2654906133785};
 
 constexpr double level(int64_t bits, int64_t code) {
   const double* upper = bits == 1 ? kUpperOfOne : bits == 2 ? kUpperOfTwo : kUpperOfFour;
