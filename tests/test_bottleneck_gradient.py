@@ -122,6 +122,26 @@ def test_the_fallback_computes_the_same_gradients(inputs):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("rows", [1576, 5000])
+def test_sums_over_many_rows_lose_no_more_than_torchs(isa, rows):
+    parts = ("bias_down", "bias_up", "scale", "norm")
+    x, down, up, options = sample(rows, 40, 8, 200, torch.float32, parts)
+    run, *leaves = as_reference(x, down, up, options, bottleneck.linear)
+    truth, *_ = as_reference(x, down, up, options)
+    grad = torch.randn(rows, 200)
+
+    def gradients(fn, *operands):
+        *operands, grad = operands
+        leaves = [t.detach().requires_grad_() for t in operands]
+        return torch.autograd.grad(fn(*leaves), leaves[1:], grad)
+
+    for i, found in enumerate(gradients(run, *leaves, grad)):
+        usual = gradients(truth, *leaves, grad)[i]
+        exact = gradients(truth, *(t.double() for t in (*leaves, grad)))[i]
+        error, allowed = ((t.double() - exact).abs().max() for t in (found, usual))
+        assert error <= 2 * allowed + 1e-7 * exact.abs().max()
+
+
 def test_x_and_hidden_are_all_that_is_kept():
     x, down, up, options = sample(40, 16, 4, 16, parts=["bias_down", "norm"])
     down.requires_grad_()

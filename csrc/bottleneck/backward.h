@@ -14,19 +14,27 @@ void add_outer(const Acc* left, int64_t width, const Acc* right, int64_t columns
   sums(Acc{}).product({left, 1, width, right, columns, to, columns, width, rows, columns, 1, true});
 }
 
-template <typename Acc>
-void add_rows(const Acc* from, int64_t rows, int64_t columns, Acc* to) {
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t c = 0; c < columns; ++c) to[c] += from[row * columns + c];
+// to[c] += the sum over the rows of f(place of row and c, lanes): a tile's is made apart, since the
+// error of a sum grows with its length.
+template <typename Acc, typename Function>
+PEFTKERN_INLINE void add_by_column(int64_t rows, int64_t columns, Acc* to, const Function& f) {
+  for (int64_t c = 0; c < columns; c += Vector<Acc>::lanes) {
+    const int64_t n = min(columns - c, Vector<Acc>::lanes);
+    typename Vector<Acc>::type total{};
+    for (int64_t row = 0; row < rows; ++row) total += f(row * columns + c, n);
+    write(to + c, read(to + c, n) + total, n);
   }
 }
 
-// to[c] += sum of a[row, c] * b[row, c]
+template <typename Acc>
+void add_rows(const Acc* from, int64_t rows, int64_t columns, Acc* to) {
+  add_by_column(rows, columns, to, [&](int64_t i, int64_t n) { return read(from + i, n); });
+}
+
 template <typename Acc>
 void add_products_by_column(const Acc* a, const Acc* b, int64_t rows, int64_t columns, Acc* to) {
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t c = 0; c < columns; ++c) to[c] += a[row * columns + c] * b[row * columns + c];
-  }
+  add_by_column(rows, columns, to,
+                [&](int64_t i, int64_t n) { return read(a + i, n) * read(b + i, n); });
 }
 
 // One tile's parts of the caller's buffer.
