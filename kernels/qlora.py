@@ -13,6 +13,7 @@ from peftkern.kernels.qlora_panels import decode
 from peftkern.kernels.qlora_product import product
 from peftkern.kernels.qlora_siblings import siblings as siblings
 from peftkern.kernels.qlora_siblings import siblings_bwd as siblings_bwd
+from peftkern.kernels.qlora_tiles import rows_of
 from peftkern.qlora import fallback
 
 
@@ -31,7 +32,7 @@ def linear(
         return fallback.linear(
             x, weight, layout, bias, lora_a, lora_b, scale, dropout, seed, offsets, adapter
         )
-    flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    flat = rows_of(x)
     if lora_a is None:
         low, down = None, flat.new_empty(len(flat), 0, dtype=torch.float32)
     else:

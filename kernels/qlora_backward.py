@@ -10,7 +10,6 @@ kernels of qlora_sums.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -22,7 +21,7 @@ from peftkern.kernels import qlora_paths as paths
 from peftkern.kernels.qlora_gemm import gemm
 from peftkern.kernels.qlora_strips import Groups, by_adapter
 from peftkern.kernels.qlora_sums import grad_a, lora_bwd
-from peftkern.kernels.qlora_tiles import dot, narrow
+from peftkern.kernels.qlora_tiles import dot, narrow, rows_of
 from peftkern.qlora import fallback
 
 
@@ -133,10 +132,3 @@ def linear_bwd(
         offsets, adapter, needs, rows_of(grad_x),
     )  # fmt: skip
     return found if grad_x is None else [grad_x, *found]
-
-
-def rows_of(x: Any) -> Any:
-    """`[rows, columns]`, of an activation of any number of dimensions; None of none."""
-    if x is None or x.dim() == 2:
-        return x
-    return x.flatten(0, -2) if x.dim() > 2 else x[None]

@@ -17,10 +17,17 @@ from torch import Tensor
 
 from peftkern import _native
 from peftkern.kernels import qlora_paths as paths
-from peftkern.kernels.qlora_backward import gradients, rows_of
+from peftkern.kernels.qlora_backward import gradients
 from peftkern.kernels.qlora_forward import BLOCK_SUM
 from peftkern.kernels.qlora_product import product
-from peftkern.kernels.qlora_tiles import convert, dot, dropout_limit, keep_tile, row_tiles
+from peftkern.kernels.qlora_tiles import (
+    convert,
+    dot,
+    dropout_limit,
+    keep_tile,
+    row_tiles,
+    rows_of,
+)
 from peftkern.qlora.siblings import split_weights
 
 

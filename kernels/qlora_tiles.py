@@ -6,6 +6,7 @@ Forward and backward decode by the same function, so that both see the same weig
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -248,6 +249,13 @@ def tile_adapters(
     adapter = tl.load(adapter_ptr + row, mask=inside, other=-1)
     first = tl.min(tl.where(adapter < 0, adapters, adapter), 0)
     return adapter, first, tl.minimum(tl.max(adapter, 0) + 1, adapters)
+
+
+def rows_of(x: Any) -> Any:
+    """`[rows, columns]`, of an activation of any number of dimensions; None of none."""
+    if x is None or x.dim() == 2:
+        return x
+    return x.flatten(0, -2) if x.dim() > 2 else x[None]
 
 
 def row_tiles(rows: int, experts: int, block: int) -> int:
