@@ -144,12 +144,11 @@ def lora_down(
     """
     (rows, columns), rank = x.shape, lora_a.shape[-2]
     down = x.new_empty(rows, rank, dtype=torch.float32)
-    limit = dropout_limit(dropout)
-    if columns == 0 or (seed is not None and limit is None):
+    limit = dropout_limit(dropout, seed)
+    if columns == 0 or limit is None:
         return down.zero_()
     if down.numel() == 0:
         return down
-    drops = seed is not None and limit != 0
     experts = 1 if offsets is None else len(offsets) - 1
     tile = paths.tile("down", x.device, x.dtype, triton.cdiv(rows, experts))
     block_r = min(max(triton.next_power_of_2(rank), 16), tile.outputs)
@@ -159,8 +158,8 @@ def lora_down(
     down_kernel[(*programs, splits)](
         x, lora_a, seed, offsets, adapter, parts, rows, columns, rank, experts,
         lora_a.numel() // (rank * columns), triton.cdiv(triton.cdiv(columns, splits), tile.inner)
-        * tile.inner, 1 / (1 - dropout) if drops else 1.0, limit or 0,
-        DROPOUT=drops,
+        * tile.inner, 1 / (1 - dropout) if limit else 1.0, limit,
+        DROPOUT=limit != 0,
         WHOLE_QUADS=columns % 4 == 0,
         GROUPED=offsets is not None,
         MIXED=adapter is not None,

@@ -234,9 +234,8 @@ def gemm(
     terms = rows if over_rows else columns
     if out.numel() == 0:
         return
-    limit = dropout_limit(dropout)
-    drops = seed is not None and limit != 0
-    rank = 0 if low is None or (drops and limit is None) else low.shape[-1]
+    limit = dropout_limit(dropout, seed)
+    rank = 0 if low is None or limit is None else low.shape[-1]
     aligned = block_size == 0 or columns % block_size == 0
     each = triton.cdiv(inputs, experts)  # rows of an expert, if all have as many
     tile = paths.tile("grad_x" if over_rows else "gemm", x.device, x.dtype, each)
@@ -249,13 +248,13 @@ def gemm(
     gemm_kernel[(*programs, splits)](
         x, *decode_arguments(weight), bias, low, factor, seed, offsets, adapter, parts, inputs,
         rows, columns, rank, experts, factor.numel() // (rank * outputs) if rank else 0, part,
-        scale / (1 - dropout) if drops and rank else scale, limit or 0,
+        scale / (1 - dropout) if limit else scale, limit or 0,
         OVER_ROWS=over_rows,
         HAS_BASE=has_base,
         ADD=add and splits == 1,
         HAS_BIAS=bias is not None,
         HAS_LOW_RANK=rank > 0,
-        DROPOUT=drops,
+        DROPOUT=bool(limit),
         WHOLE_QUADS=outputs % 4 == 0,
         GROUPED=offsets is not None,
         MIXED=adapter is not None,

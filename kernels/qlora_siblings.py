@@ -112,7 +112,7 @@ def siblings_down(
     """D_i(x) A_i^T, float32 `[rows, rank_i]`; a seed for each sibling, or none at all."""
     (rows, columns), ranks = x.shape, tuple(a.shape[0] for a in lora_a)
     downs = [x.new_empty(rows, rank, dtype=torch.float32) for rank in ranks]
-    limit = dropout_limit(dropout) if seeds else 0
+    limit = dropout_limit(dropout, seeds[0] if seeds else None)
     if columns == 0 or limit is None:
         return [down.zero_() for down in downs]
     if rows == 0:

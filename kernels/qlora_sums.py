@@ -191,7 +191,7 @@ def grad_a(
 ) -> Tensor:
     """Fills out `[groups, rank, columns]`, and returns it."""
     (rows, columns), rank = x.shape, t.shape[1]
-    limit = dropout_limit(dropout) if seed is not None else 0
+    limit = dropout_limit(dropout, seed)
     if limit is None:
         return out.zero_()
     tile = paths.tile("grad_a", x.device, x.dtype, rows)

@@ -269,9 +269,10 @@ def decode_arguments(weight: Sequence[Tensor]) -> list[Tensor | None]:
     return [*weight, *[None] * (6 - len(weight))]
 
 
-def dropout_limit(p: float) -> int | None:
-    """What `keep_tile` takes as its threshold; None where everything is dropped."""
-    limit = round(p * 2**32)
+def dropout_limit(p: float, seed: Tensor | None) -> int | None:
+    """What `keep_tile` takes as its threshold; 0 where nothing is dropped, as without a seed, and
+    None where everything is."""
+    limit = 0 if seed is None else round(p * 2**32)
     if limit == 2**32:
         return None
     return limit - 2**32 if limit >= 2**31 else limit
