@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from launchers import COLUMNS, DTYPES, SIZES, TILES, on
 from samples import FORMATS, sample
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -18,16 +19,7 @@ from peftkern.kernels import qlora_paths as paths  # noqa: E402
 from peftkern.kernels import qlora_strips as strips  # noqa: E402
 from peftkern.kernels.qlora_forward import down_kernel  # noqa: E402
 
-DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-SIZES = st.integers(1, 70)
-COLUMNS = st.one_of(SIZES, st.sampled_from([64, 128]))
 PATHS = st.sampled_from(["gemm", "panels"])
-# Of the interpreter, and smaller ones: several to an axis, and programs that share their sums.
-TILES = [None, paths.Tile(16, 16, 32, 4, 1, 2)]
-
-
-def on(device, *tensors):
-    return [t if t is None else t.to(device) for t in tensors]
 
 
 def arguments(grad, x, weight, bias, lora_a, lora_b, *rest):

@@ -7,6 +7,7 @@ import torch
 from close import assert_as_good
 from hypothesis import given
 from hypothesis import strategies as st
+from launchers import COLUMNS, DTYPES, SIZES, TILES, on
 from samples import FORMATS, quantized, sample
 
 from peftkern import _native
@@ -17,16 +18,6 @@ triton_qlora = pytest.importorskip("peftkern.kernels.qlora", reason="needs trito
 from peftkern.kernels import qlora_panels as panels  # noqa: E402
 from peftkern.kernels import qlora_paths as paths  # noqa: E402
 from peftkern.kernels.qlora_forward import lora_down  # noqa: E402
-
-DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-SIZES = st.integers(1, 70)
-COLUMNS = st.one_of(SIZES, st.sampled_from([64, 128, 192]))
-# Of the interpreter, and smaller and larger ones whose programs share their sums.
-TILES = [None, paths.Tile(16, 32, 32, 4, 1, 3), paths.Tile(64, 64, 128, 4, 1, 2)]
-
-
-def on(device, *tensors):
-    return [t if t is None else t.to(device) for t in tensors]
 
 
 def run(

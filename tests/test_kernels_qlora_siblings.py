@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from launchers import DTYPES, TILES
 from samples import FORMATS, quantized
 
 from peftkern import _native, _verdict
@@ -13,7 +14,6 @@ triton_qlora = pytest.importorskip("peftkern.kernels.qlora", reason="needs trito
 from peftkern.kernels import qlora_paths as paths  # noqa: E402
 
 OUTPUTS, RANKS, SCALES = (5, 3, 24), (1, 4, 20), [0.5, 1.0, 1.5]
-TILES = [None, paths.Tile(16, 16, 32, 4, 1, 2)]
 
 
 def sample(device, inputs, columns, dtype, formats=FORMATS):
@@ -50,7 +50,7 @@ def arguments(weights, parameters, dropout, seeds):
 @given(
     inputs=st.sampled_from([0, 1, 40]),
     columns=st.sampled_from([1, 37, 64, 100]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    dtype=DTYPES,
     formats=st.permutations([*FORMATS, "dense"]).map(lambda all: all[:3]),
     p=st.sampled_from([0.0, 0.25, 1.0]),
     path=st.sampled_from(["gemm", "panels"]),
