@@ -61,8 +61,8 @@ def define(
         torch.cuda._lazy_call(partial(_decline_old_gpus, name))  # type: ignore[no-untyped-call]
     if _emulated_loaded:
         torch.library.define(f"{EMULATED}::{name}", schema.removeprefix(name))
-    if _emulated_loaded and _has_kernel(f"{EMULATED}::{name}", "CPU"):
-        emulated[name] = getattr(getattr(torch.ops, EMULATED), name).default
+        if _has_kernel(f"{EMULATED}::{name}", "CPU"):
+            emulated[name] = getattr(getattr(torch.ops, EMULATED), name).default
     return op
 
 
@@ -93,9 +93,8 @@ def register_triton(family: str, verb: str) -> None:
         return
     for device in GPUS:
         in_cuda = _has_kernel(f"{NAMESPACE}::{name}", KEYS[device]) and name not in _declined
-        if in_cuda and not _triton_is_asked_for():
-            continue
-        _take_triton(name, device)
+        if not in_cuda or _triton_is_asked_for():
+            _take_triton(name, device)
 
 
 def _take_triton(name: str, device: str) -> None:
