@@ -10,6 +10,8 @@ VENV ?= .venv
 DEMO ?=
 BENCH ?=
 PYTEST ?=
+# Tests run side by side, on up to four cores: each worker loads torch anew.
+WORKERS ?= -n auto --maxprocesses 4 --dist worksteal
 
 BIN := $(abspath $(VENV))/bin
 INSTALL := $(BIN)/python -m pip install
@@ -36,8 +38,11 @@ build: $(VENV)/.build
 demo: $(VENV)/.demo $(if $(findstring --compare-peers,$(DEMO)),$(VENV)/.peers)
 	peftkern demo $(DEMO)
 
+# Threads that wait let those of other workers run.
+test emulated pytest-sanitize: export OMP_WAIT_POLICY ?= passive
+
 test: lint ctest ctest-sanitize emulated pytest-sanitize
-	python -m pytest $(PYTEST)
+	python -m pytest $(WORKERS) $(PYTEST)
 
 test-full: export PEFTKERN_EXAMPLES ?= 250
 test-full: test
@@ -72,7 +77,7 @@ emulated: $(VENV)/.test
 	cmake -S . -B build/emulated -G Ninja $(PACKAGE)
 	cmake --build build/emulated --target peftkern_emulated_races
 	PEFTKERN_EXAMPLES=5 PEFTKERN_EMULATED_LIBRARY=build/emulated/_emulated_races.so \
-	  python -m pytest tests/test_kernels_*_cuda.py tests/test_qlora*.py tests/test_selftest.py \
+	  python -m pytest $(WORKERS) tests/test_kernels_*_cuda.py tests/test_qlora*.py tests/test_selftest.py \
 	  -k 'cuda.py or emulated'
 
 # The ops from Python, in an interpreter that knows nothing of sanitizers: their runtime has to be
@@ -83,8 +88,8 @@ pytest-sanitize: $(VENV)/.test
 	PEFTKERN_EXAMPLES=5 PEFTKERN_LIBRARY=build/sanitize/_ops.so \
 	  PEFTKERN_EMULATED_LIBRARY=build/sanitize/_emulated.so ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  python -m pytest --capture=sys tests/test_kernels_*_cuda.py tests/test_qlora*.py \
-	  -k 'not compile and not triton'
+	  python -m pytest $(WORKERS) --capture=sys tests/test_kernels_*_cuda.py tests/test_qlora*.py \
+	  tests/test_bottleneck*.py tests/test_onebit*.py -k 'not compile and not triton'
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

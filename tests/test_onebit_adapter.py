@@ -70,8 +70,11 @@ def test_it_is_bottleneck_behind_the_quantiser(
     y, grad_x, *grads = step(behind, x, *(w.float() for w in dense), other, *options)
     assert torch.equal(found[0], y) and torch.equal(found[1], grad_x)
     latents = codes.quantize_bwd_op(grads[:2], [down, up], statistics, bits)
+    # Of float64 Triton has no kernel: all of the adapter's step is the fallback's there, while
+    # the latents' gradient alone is the kernel's, with sums in another order.
+    exact = (isa, dtype) != ("triton", torch.float64)
     for ours, theirs in zip(found[2:], [*latents, *grads[2:]], strict=True):
-        assert torch.equal(ours, theirs)
+        assert torch.equal(ours, theirs) if exact else torch.allclose(ours, theirs, 1e-5, 1e-6)
 
 
 @pytest.mark.ops(*ADAPTER)
