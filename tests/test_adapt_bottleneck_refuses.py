@@ -40,6 +40,17 @@ def test_what_has_one_already_keeps_it():
     assert reasons(model) == {"layers.0.mlp": "has an adapter already"}
 
 
+def test_what_an_adapter_consists_of_is_no_place_and_neither_is_what_nobody_calls():
+    model = Plain()
+    adapted(model, norm="in", target_modules=["second"])
+    adapted(model, target_modules=r"second\..*|norm|rest")
+    assert placed(model) == ["second.adapter", "norm.adapter"]
+    assert reasons(model) == {
+        "second.adapter": "is an adapter itself",
+        "rest": "ModuleList is never called",
+    }
+
+
 def test_what_another_library_has_put_around_a_module_is_left_alone():
     model, _, _ = build("vit")
     model.layers[0].mlp.forward = model.layers[0].mlp.forward
