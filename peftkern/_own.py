@@ -63,7 +63,8 @@ def read(content: dict[str, Any], tensors: dict[str, Tensor]) -> Stored:
     foreign = []
     for path, tensor in tensors.items():
         words = path.split(".")
-        ends = (i for i in range(1, len(words)) if ".".join(words[:i]) in own)
+        # The longest: a linear that gave way to an adapter may have another one as its child.
+        ends = (i for i in range(len(words) - 1, 0, -1) if ".".join(words[:i]) in own)
         if (end := next(ends, None)) is None:
             foreign.append(path)
             continue

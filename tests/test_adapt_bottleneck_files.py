@@ -9,7 +9,7 @@ from models import assert_unchanged, disturb, snapshot
 from safetensors.torch import load_file, save_file
 
 import peftkern
-from peftkern import BottleneckAdapter, BottleneckConfig, LoraConfig, QLoRALinear
+from peftkern import BottleneckAdapter, BottleneckConfig, LoraConfig, OneBitConfig, QLoRALinear
 
 
 @pytest.mark.parametrize("family", ["llama", "whisper", "bert"])
@@ -59,6 +59,15 @@ def test_several_methods_and_configs_are_saved_as_one(tmp_path):
     rows = [(r.name, r.layer, r.trainable) for r in peftkern.report(model).rows]
     assert rows == [(r.name, r.layer, r.trainable) for r in peftkern.report(other).rows]
     assert kinds <= {type(m) for m in other.modules() if type(m) in kinds}
+
+
+@pytest.mark.parametrize("first", [LoraConfig(r=2), OneBitConfig(r=2)])
+def test_a_linear_that_gave_way_and_has_a_child_is_saved_with_both(tmp_path, first):
+    model, call, _ = build("whisper")
+    peftkern.adapt(model, (first, BottleneckConfig(r=4)))
+    peftkern.save_adapter(disturb(model), tmp_path)
+    other = peftkern.load_adapter(build("whisper")[0], tmp_path)
+    torch.testing.assert_close(call(other), call(model))
 
 
 def loads_into_a_plain_one(model, call, path, **options):
