@@ -107,3 +107,18 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was(monkeypatch):
 def test_a_config_refuses_what_it_cannot_be(options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         BottleneckConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(r=4.5), "r must be an int, got 4.5"),
+        (dict(r="4"), "r must be an int, got '4'"),
+        (dict(kind="conv", target_modules=["a"], kernel=1.5), "kernel must be an int, got 1.5"),
+        (dict(target_modules=5), "target_modules must be a string or a list of strings, got 5"),
+        (dict(exclude_modules=[5]), r"exclude_modules must be a string or a list .*, got \[5\]"),
+    ],
+)
+def test_a_config_refuses_what_is_of_another_kind(options, message):
+    with pytest.raises(TypeError, match=f"^{message}"):
+        BottleneckConfig(**options)
