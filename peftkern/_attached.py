@@ -13,6 +13,7 @@ no module together: between `fc1` and `fc2` of a block that calls both itself.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, ClassVar
@@ -52,7 +53,8 @@ class Adding(Attached):
         if not isinstance(out, (tuple, list)) or not isinstance(out[0], Tensor):
             kind = type(out).__name__
             raise TypeError(f"output must be a tensor or begin with one, got {kind}")
-        return type(out)((adapter.add(x, out[0]), *out[1:]))
+        parts = adapter.add(x, out[0]), *out[1:]
+        return type(out)(*parts) if hasattr(out, "_fields") else type(out)(parts)
 
 
 class Reading(Attached):
@@ -66,14 +68,14 @@ class Reading(Attached):
         return super().forward(*args, **kwargs)
 
 
-class Carried:
+class Carried(threading.local):
     """An input on its way from the module that reads it to the adapter.
 
-    Copies and pickles are empty, and one for both ends where both are copied.
+    Threads that call one model at a time have each its own. Copies and pickles are empty, and one
+    for both ends where both are copied.
     """
 
-    def __init__(self) -> None:
-        self.x: Tensor | None = None
+    x: Tensor | None = None
 
     def __reduce__(self) -> tuple[type[Carried], tuple[()]]:
         return Carried, ()
@@ -113,6 +115,14 @@ def subclass(kind: type[Attached], parent: type[nn.Module]) -> type[nn.Module]:
         body["input_name"] = parameters[0] if parameters else None
         _subclasses[kind, parent] = type(parent.__name__, (kind, parent), body)
     return _subclasses[kind, parent]
+
+
+def over(cls: type[nn.Module], parent: type[nn.Module]) -> type[nn.Module]:
+    """What `cls` makes of a module's class, made of another one."""
+    if not issubclass(cls, Attached):
+        return parent
+    kind, below = cls.__bases__
+    return subclass(kind, over(below, parent))
 
 
 def original(cls: type[nn.Module]) -> type[nn.Module]:
@@ -217,6 +227,10 @@ class AttachedTarget(_family.Target):
         return f"{self.name}.{self.slot}"
 
     def obstacle(self, model: nn.Module) -> str | None:
+        if isinstance(self.module, AttachedAdapter):
+            return "is an adapter itself"
+        if type(self.module).forward is nn.Module.forward:
+            return f"{type(self.module).__name__} is never called"
         if self.slot in self.module._modules:
             if isinstance(self.module._modules[self.slot], _family.Adapter):
                 return "has an adapter already"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -42,6 +43,13 @@ def probability(name: str, value: float) -> None:
         raise ValueError(f"{name} must be between 0 and 1, got {value}")
 
 
+def count(name: str, value: object, least: int = 1) -> None:
+    if not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 def parameter(name: str, tensor: Tensor, expected: Sequence[int], like: Tensor) -> None:
     """Any float dtype, but dense and where `like` is."""
     if (
@@ -72,7 +80,7 @@ def dropout(p: float, seed: Tensor | int | None, like: Tensor) -> None:
 
 
 def expression(name: str, value: object) -> None:
-    """Of modules' names: a string is a regular expression."""
+    """Of modules' names: a string is a regular expression, others are endings."""
     if isinstance(value, str):
         try:
             re.compile(value)
@@ -80,3 +88,5 @@ def expression(name: str, value: object) -> None:
             raise ValueError(
                 f"{name} must be a regular expression, got {value!r} ({error})"
             ) from error
+    elif not isinstance(value, Iterable) or not all(isinstance(word, str) for word in value):
+        raise TypeError(f"{name} must be a string or a list of strings, got {value!r}")

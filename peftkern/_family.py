@@ -21,7 +21,7 @@ of a config have in common, a pool or a statistic, is made once by its `share`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -241,6 +241,12 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return {n: m for n, m in model.named_modules() if isinstance(m, Adapter)}
 
 
+def inside(model: nn.Module) -> set[nn.Module]:
+    """What adapters consist of: no layers of the model, so no places for others."""
+    layers = adapters(model).values()
+    return {part for layer in layers for part in layer.modules() if part is not layer}
+
+
 @dataclass(frozen=True)
 class Stored:
     """What the two files of an adapter hold, checked against each other.
@@ -248,16 +254,16 @@ class Stored:
     Args:
         parts: of every layer, by its name.
         own: by the same names, the config of each.
-        configs: those that put such layers into a model that has none.
+        configs: those that put such layers into a model that has none, each with their names.
     """
 
     parts: dict[str, Parts]
     own: dict[str, Config]
-    configs: Sequence[Config]
+    configs: Sequence[tuple[Config, Collection[str]]]
 
 
 def check_fit(source: str, stored: dict[str, Parts], places: dict[str, Wanted]) -> None:
-    """Raises unless what is stored is what is wanted, name by name, and float where that is."""
+    """Raises unless what is stored is what is wanted, name by name and shape by shape."""
     for title, names in (
         ("the model has no such adapter", stored.keys() - places.keys()),
         ("the file lacks them", places.keys() - stored.keys()),

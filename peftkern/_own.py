@@ -20,7 +20,8 @@ PEFT_TYPE, VERSION = "PEFTKERN", 1
 CONFIGS: dict[str, type[Config]] = {
     c.method: c for c in (LoraConfig, BottleneckConfig, PrefixConfig, OneBitConfig)
 }
-_DTYPES = (*_check.FLOATS, torch.int64)  # the latter counts the batches of a norm
+# Of parts that are not float, by their last word.
+_DTYPES = {"bits": [torch.uint8], "num_batches_tracked": [torch.int64]}
 
 
 def key(name: str, part: str) -> str:
@@ -56,17 +57,18 @@ def read(content: dict[str, Any], tensors: dict[str, Tensor]) -> Stored:
     configs = []
     for entry in _entries(content):
         config = _config(entry)
-        configs.append(config)
+        configs.append((config, entry["modules"]))
         own |= {name: config.of_module(name) for name in entry["modules"]}
     stored: dict[str, Parts] = {name: {} for name in own}
     foreign = []
     for path, tensor in tensors.items():
         words = path.split(".")
-        ends = (i for i in range(1, len(words)) if ".".join(words[:i]) in own)
+        # The longest: a linear that gave way to an adapter may have another one as its child.
+        ends = (i for i in range(len(words) - 1, 0, -1) if ".".join(words[:i]) in own)
         if (end := next(ends, None)) is None:
             foreign.append(path)
             continue
-        _check.dtype(path, tensor, [torch.uint8] if path.endswith(".bits") else _DTYPES)
+        _check.dtype(path, tensor, _DTYPES.get(words[-1], _check.FLOATS))
         stored[".".join(words[:end])][".".join(words[end:])] = tensor
     if foreign:
         raise ValueError(f"{TENSORS} must hold what {CONFIG} names, got {listed(foreign)}")
@@ -78,6 +80,7 @@ def _entries(content: dict[str, Any]) -> list[dict[str, Any]]:
     kinds = {"method": str, "config": dict, "modules": list}
     if not isinstance(entries, list) or not entries or not all(
         isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in kinds.items())
+        and all(isinstance(name, str) for name in entry["modules"])
         for entry in entries
     ):  # fmt: skip
         raise ValueError(

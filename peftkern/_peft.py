@@ -152,7 +152,7 @@ def read(content: dict[str, Any], tensors: dict[str, Tensor]) -> Stored:
                 f"{name} must have a lora_magnitude_vector where {CONFIG} says use_dora and only "
                 f"there, got {', '.join(parts)} and use_dora {config.use_dora}"
             )
-    return Stored(stored, dict(own), [config])
+    return Stored(stored, dict(own), [(config, stored)])
 
 
 def _checked(tensors: dict[str, Tensor]) -> dict[str, Parts]:

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkern import _conditions, _products
-from peftkern._attached import Attached
+from peftkern import _attached, _conditions, _products
 from peftkern.qlora import QuantizedWeight
 from peftkern.qlora.sharing import SharedInput
 from peftkern.qlora.siblings import Sibling
@@ -131,7 +130,8 @@ def stand_in(layer: nn.Module) -> type[nn.Module] | None:
     cls = type(layer)
     for name, (module, original) in ORIGINALS.items():
         # One that adapters are attached to has its name alone.
-        if (cls.__module__, cls.__name__) == (module, original) and not issubclass(cls, Attached):
+        same = (cls.__module__, cls.__name__) == (module, original)
+        if same and not issubclass(cls, _attached.Attached):
             return getattr(import_module(__name__), name)  # type: ignore[no-any-return]
     return None
 
@@ -146,8 +146,8 @@ def title(layer: nn.Module) -> str:
 
 
 def original(layer: nn.Module) -> type[nn.Module]:
-    """The class that a swapped layer had."""
-    return type(layer).__bases__[1]
+    """The class that a swapped layer had, whatever is attached to it since."""
+    return _attached.original(type(layer)).__bases__[1]
 
 
 def made_for_peft(
@@ -173,8 +173,11 @@ def made_for_peft(
 
 
 def swap(layer: nn.Module, cls: type[nn.Module]) -> None:
-    """Changes the class, and the methods that hooks of accelerate have put on the instance."""
+    """Changes the class below what is attached, and the methods that hooks of accelerate have put
+    on the instance.
+    """
     before = type(layer)
+    cls = _attached.over(before, cls)
     bound = [a for a in ("forward", "_old_forward") if _conditions.is_bound(layer, a, before)]
     layer.__class__ = cls
     for attribute in bound:

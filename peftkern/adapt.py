@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
 from torch import nn
 
-from peftkern import _peft, _select, _siblings
+from peftkern import _family, _peft, _select, _siblings
 from peftkern._family import Adapter, Config, Places, Target, Undo
 from peftkern.onebit import pair
 
@@ -93,15 +93,27 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def plan(model: nn.Module, configs: Sequence[Config]) -> Plan:
-    """Raises ValueError where a config names nothing that fits."""
+def plan(
+    model: nn.Module, configs: Sequence[Config], only: Sequence[Collection[str]] | None = None
+) -> Plan:
+    """Raises ValueError where a config names nothing that fits.
+
+    Args:
+        model: as it is before.
+        configs: applied in order.
+        only: of each config, the names of the adapters that it may put in; None for all, and then
+            each must put one in.
+    """
     result = Plan()
     taken: set[tuple[nn.Module, str]] = set()
+    inside = _family.inside(model)
     for config in configs:
         config.check(model, configs)
-    for config in configs:
+    for i, config in enumerate(configs):
         before, skipped = len(result.targets), len(result.skipped)
         for target in config.targets(model):
+            if target.module in inside or only and target.layer_name not in only[i]:
+                continue
             key = (target.module, target.slot)
             reason = "has an adapter already" if key in taken else target.obstacle(model)
             if reason is None:
@@ -112,7 +124,7 @@ def plan(model: nn.Module, configs: Sequence[Config]) -> Plan:
                 result.skipped.append(Skipped(target.name, reason))
         there = [name for places in _select.names(model).values() for name in places]
         result.skipped += [Skipped(end, "names no module") for end in config.unmatched(there)]
-        if len(result.targets) == before:
+        if only is None and len(result.targets) == before:
             reasons = (f"{_select.starred(s.name)}: {s.reason}" for s in result.skipped[skipped:])
             left_out = "; ".join(dict.fromkeys(reasons))
             raise ValueError(config.nothing(model) + f"; left out: {left_out}" * bool(left_out))

@@ -157,7 +157,8 @@ def _plain(name: str) -> str:
 
 
 def _place(model: nn.Module, stored: Stored) -> None:
-    planned = plan(model, stored.configs)
+    configs, names = zip(*stored.configs, strict=True)
+    planned = plan(model, configs, names)
     inside = {name.rpartition(".")[0] for name in stored.parts}
     left_out = [s for s in planned.skipped if s.name in stored.parts or s.name in inside]
     if left_out:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern import _select
-from peftkern._family import adapters
+from peftkern._family import Adapter, adapters
 from peftkern.adapt import parents
 from peftkern.qlora import QuantizedWeight, bnb, merging
 from peftkern.qlora.adapter import LinearAdapter
@@ -148,15 +148,27 @@ def unmerge(model: Model) -> Model:
     Raises:
         ValueError: no layer is merged.
     """
-    merged = {name: layer for name, layer in _layers(model).items() if layer.merged}
+    merged = {name: layer for name, layer in _adapters(model).items() if layer.merged}
     if not merged:
         raise ValueError("model must be merged, got no merged layer")
     for name, layer in merged.items():
+        assert isinstance(layer, LinearAdapter)
         merging.give_back(name, layer)
     return model
 
 
 def _layers(model: nn.Module) -> dict[str, LinearAdapter]:
+    linear: dict[str, LinearAdapter] = {}
+    for name, layer in _adapters(model).items():
+        if (reason := layer.merge_obstacle()) is not None:
+            kind = type(layer).__name__
+            raise ValueError(f"{name} must have a place in a weight to merge, got {kind}: {reason}")
+        assert isinstance(layer, LinearAdapter)
+        linear[name] = layer
+    return linear
+
+
+def _adapters(model: nn.Module) -> dict[str, Adapter]:
     theirs = [n for n, m in model.named_modules() if _select.is_a(m, "peft", "BaseTunerLayer")]
     if theirs:
         raise ValueError(
@@ -165,11 +177,4 @@ def _layers(model: nn.Module) -> dict[str, LinearAdapter]:
         )
     if not (layers := adapters(model)):
         raise ValueError("model must have an adapter (peftkern.adapt puts one in), got none")
-    linear: dict[str, LinearAdapter] = {}
-    for name, layer in layers.items():
-        if (reason := layer.merge_obstacle()) is not None:
-            kind = type(layer).__name__
-            raise ValueError(f"{name} must have a place in a weight to merge, got {kind}: {reason}")
-        assert isinstance(layer, LinearAdapter)
-        linear[name] = layer
-    return linear
+    return layers

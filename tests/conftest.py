@@ -60,6 +60,12 @@ def timm():
     return pytest.importorskip("timm", reason="adapts models of timm")
 
 
+@pytest.fixture(params=["lora", "adaptformer"])
+def placement(request):
+    """Of a 1-bit adapter."""
+    return request.param
+
+
 @pytest.fixture(scope="session", params=["cpu", *["cuda"] * torch.cuda.is_available()])
 def device(request):
     return torch.device(request.param)

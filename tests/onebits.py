@@ -66,6 +66,57 @@ def config(placement, **options):
     return onebit.OneBitConfig(**{"r": 4, "scale": 3.0, "placement": placement, **own, **options})
 
 
+def adapted(placement, **options):
+    """Two models of the same weights: with our adapters, and with the published ones."""
+    model = blocks()
+    peftkern.adapt(model, config(placement, **options))
+    theirs = blocks().requires_grad_(False)
+    for name, module in model.named_modules():
+        if isinstance(module, onebit.OneBitAdapter):
+            theirs.get_submodule(name.removesuffix(".adapter")).branch = Branch(module)
+        elif isinstance(module, onebit.OneBitLinear):
+            parent, _, child = name.rpartition(".")
+            linear = theirs.get_submodule(name)
+            setattr(theirs.get_submodule(parent), child, Beside(linear, Branch(module)))
+    return model, theirs
+
+
+class Beside(nn.Module):
+    def __init__(self, linear, branch):
+        super().__init__()
+        self.linear, self.branch = linear, branch
+
+    def forward(self, x):
+        return self.linear(x) + self.branch(x)
+
+
+def latents(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def x_of(width=16, *, rows=5, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, rows, width, generator=generator).to(dtype)
+
+
+def shifted(placement, seed=1, **options):
+    """Trained, for what that matters: no latent is as it was drawn."""
+    model = blocks()
+    torch.manual_seed(seed)
+    peftkern.adapt(model, config(placement, **options))
+    with torch.no_grad():
+        for layer in pairs(model):
+            for latent in (layer.down, layer.up):
+                latent.add_(torch.randn_like(latent) * 0.02 + 0.004)
+    return model
+
+
+def evaluated(model):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        return model.eval()(torch.randn(2, 5, 16, generator=generator))
+
+
 def pairs(model):
     layers = (onebit.OneBitAdapter, onebit.OneBitLinear)
     return [module for module in model.modules() if isinstance(module, layers)]

@@ -9,7 +9,7 @@ from models import assert_unchanged, disturb, snapshot
 from safetensors.torch import load_file, save_file
 
 import peftkern
-from peftkern import BottleneckAdapter, BottleneckConfig, LoraConfig, QLoRALinear
+from peftkern import BottleneckAdapter, BottleneckConfig, LoraConfig, OneBitConfig, QLoRALinear
 
 
 @pytest.mark.parametrize("family", ["llama", "whisper", "bert"])
@@ -61,6 +61,37 @@ def test_several_methods_and_configs_are_saved_as_one(tmp_path):
     assert kinds <= {type(m) for m in other.modules() if type(m) in kinds}
 
 
+@pytest.mark.parametrize("first", [LoraConfig(r=2), OneBitConfig(r=2)])
+def test_a_linear_that_gave_way_and_has_a_child_is_saved_with_both(tmp_path, first):
+    model, call, _ = build("whisper")
+    peftkern.adapt(model, (first, BottleneckConfig(r=4)))
+    peftkern.save_adapter(disturb(model), tmp_path)
+    other = peftkern.load_adapter(build("whisper")[0], tmp_path)
+    torch.testing.assert_close(call(other), call(model))
+
+
+def loads_into_a_plain_one(model, call, path, **options):
+    peftkern.save_adapter(disturb(model), path)
+    other, _, _ = build("llama", **options)
+    peftkern.load_adapter(other, path)
+    assert torch.equal(call(other), call(model))
+
+
+def test_the_order_in_which_configs_came_does_not_matter(tmp_path):
+    """The second one names the first one's places too; a file has the model's order, not theirs."""
+    model, call, _ = build("llama")
+    peftkern.adapt(model, BottleneckConfig(r=4))
+    peftkern.adapt(model, BottleneckConfig(r=6, place="both"))
+    loads_into_a_plain_one(model, call, tmp_path)
+
+
+def test_what_was_left_out_stays_without(tmp_path):
+    model, call, _ = build("llama", layers=2)
+    mlp = model.layers[1].mlp
+    mlp.forward = mlp.forward  # as accelerate replaces it
+    loads_into_a_plain_one(peftkern.adapt(model, CONFIG), call, tmp_path, layers=2)
+
+
 def test_lora_alone_is_still_written_for_peft(tmp_path):
     model, _ = adapted("llama", LoraConfig(r=2))
     peftkern.save_adapter(model, tmp_path)
@@ -103,6 +134,7 @@ NAME = "layers.0.mlp.adapter"
     [
         (lambda c: c.update(version=2), None, "version must be 1 in adapter_config.json, got 2"),
         (lambda c: c.update(adapters=[]), None, "adapters must be a list"),
+        (lambda c: c["adapters"][0].update(modules=[["a"]]), None, "adapters must be a list"),
         (lambda c: c["adapters"][0].update(method="magic"), None, "method must be one of"),
         (lambda c: c["adapters"][0]["config"].update(spin=1), None, "config must be one of bott"),
         (lambda c: c["adapters"][0]["config"].update(r=0), None, "r must be at least 1, got 0"),
@@ -128,6 +160,16 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path, config, tensors, mes
     model, _, _ = build("vit")
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
+        peftkern.load_adapter(model, tmp_path)
+    assert_unchanged(model, before)
+
+
+def test_a_tensor_that_is_not_float_changes_nothing(tmp_path):
+    peftkern.save_adapter(adapted("vit", BottleneckConfig(r=4))[0], tmp_path)
+    edit(tmp_path, tensors=lambda t: t.update({f"{NAME}.up": t[f"{NAME}.up"].long()}))
+    model, _, _ = build("vit")
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=r"mlp\.adapter\.up must be float32 or .*, got torch.int64"):
         peftkern.load_adapter(model, tmp_path)
     assert_unchanged(model, before)
 

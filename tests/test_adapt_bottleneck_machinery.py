@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import threading
+from collections import namedtuple
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import peftkern
-from peftkern import BottleneckAdapter, BottleneckConfig
+from peftkern import BottleneckAdapter, BottleneckConfig, _swapped
 
 
 def gradients(model):
@@ -44,6 +46,42 @@ def test_part_of_a_copy_that_nobody_feeds_says_so():
     part = copy.deepcopy(model.encoder.layers[0].fc2)
     with pytest.raises(RuntimeError, match="input must be read before the adapter's module runs"):
         part(torch.randn(2, 24))
+
+
+def test_threads_that_call_one_model_at_a_time_get_each_their_own():
+    """One stands between reading x and adding to it while another passes through."""
+    model, call = adapted("whisper", BottleneckConfig(r=4))
+    block = model.encoder.layers[0]
+    xs = [torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    wanted = [block(x, None) for x in xs]
+    found, met = {}, threading.Barrier(2, timeout=60)
+
+    def meet(*_):
+        met.wait()
+
+    def run(i):
+        found[i] = block(xs[i], None)
+
+    block.fc1.register_forward_hook(meet)
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[i], wanted[i]) for i in range(2))
+
+
+@pytest.mark.parametrize("kind", [tuple, list, namedtuple("Out", "y rest")._make])
+def test_what_a_module_gives_beside_y_comes_as_it_did(kind):
+    class Giving(nn.Linear):
+        def forward(self, x):
+            return kind([super().forward(x), "rest"])
+
+    model, x = nn.Sequential(Giving(4, 4)), torch.randn(3, 4)
+    plain = model(x)
+    peftkern.adapt(model, BottleneckConfig(r=2, target_modules=["0"]))
+    out = model(x)
+    assert type(out) is type(plain) and torch.equal(out[0], plain[0]) and out[1] == "rest"
 
 
 @pytest.mark.parametrize("family", ["llama", "whisper", "bert", "vit"])
@@ -207,3 +245,19 @@ def test_optimize_leaves_a_linear_with_a_child_its_forward(bnb):
     assert (type(fc1), type(fc2)) == before
     call(model).sum().backward()
     assert fc2.adapter.up.grad.any()
+
+
+def test_restoring_takes_our_kernels_out_and_leaves_what_is_attached(bnb):
+    models = []
+    for optimized in (False, True):
+        model, call, _ = build("whisper")
+        quantise(model)
+        if optimized:
+            peftkern.optimize(model)
+        models.append(disturb(peftkern.adapt(model, BottleneckConfig(r=4))))
+    wanted, model = call(models[0]), models[1]
+    fc1, fc2 = model.encoder.layers[0].fc1, model.encoder.layers[0].fc2
+    assert isinstance(fc1, _swapped.Swapped) and isinstance(fc2, _swapped.Swapped)
+    peftkern.restore(model)
+    assert not any(isinstance(m, _swapped.Swapped) for m in model.modules())
+    assert torch.equal(call(model), wanted)

@@ -40,6 +40,17 @@ def test_what_has_one_already_keeps_it():
     assert reasons(model) == {"layers.0.mlp": "has an adapter already"}
 
 
+def test_what_an_adapter_consists_of_is_no_place_and_neither_is_what_nobody_calls():
+    model = Plain()
+    adapted(model, norm="in", target_modules=["second"])
+    adapted(model, target_modules=r"second\..*|norm|rest")
+    assert placed(model) == ["second.adapter", "norm.adapter"]
+    assert reasons(model) == {
+        "second.adapter": "is an adapter itself",
+        "rest": "ModuleList is never called",
+    }
+
+
 def test_what_another_library_has_put_around_a_module_is_left_alone():
     model, _, _ = build("vit")
     model.layers[0].mlp.forward = model.layers[0].mlp.forward
@@ -95,4 +106,19 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was(monkeypatch):
 )
 def test_a_config_refuses_what_it_cannot_be(options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
+        BottleneckConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(r=4.5), "r must be an int, got 4.5"),
+        (dict(r="4"), "r must be an int, got '4'"),
+        (dict(kind="conv", target_modules=["a"], kernel=1.5), "kernel must be an int, got 1.5"),
+        (dict(target_modules=5), "target_modules must be a string or a list of strings, got 5"),
+        (dict(exclude_modules=[5]), r"exclude_modules must be a string or a list .*, got \[5\]"),
+    ],
+)
+def test_a_config_refuses_what_is_of_another_kind(options, message):
+    with pytest.raises(TypeError, match=f"^{message}"):
         BottleneckConfig(**options)

@@ -139,7 +139,8 @@ def test_sums_over_many_rows_lose_no_more_than_torchs(isa, rows):
         usual = gradients(truth, *leaves, grad)[i]
         exact = gradients(truth, *(t.double() for t in (*leaves, grad)))[i]
         error, allowed = ((t.double() - exact).abs().max() for t in (found, usual))
-        assert error <= 2 * allowed + 1e-7 * exact.abs().max()
+        # Torch adds the few elements of a bias in a tree, and may have them exactly by luck.
+        assert error <= 2 * allowed + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
 
 
 def test_x_and_hidden_are_all_that_is_kept():

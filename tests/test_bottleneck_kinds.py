@@ -263,6 +263,18 @@ def test_mam_refuses_what_its_parts_refuse(options, message):
         MamConfig(**options)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("case", ["conv of 3 x 3", "conformer"])
+def test_activations_may_be_wider_than_the_adapter(case, training):
+    model, _ = adapted(case)
+    kinds = (ConvAdapter, ConformerAdapter)
+    (adapter, *_) = (m for m in disturb(model).modules() if isinstance(m, kinds))
+    x = torch.randn((2, 12, 5, 4) if case.startswith("conv") else (2, 5, 32), dtype=torch.float64)
+    y = adapter.train(training)(x)
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y.float(), adapter(x.float()), atol=1e-5, rtol=1e-5)
+
+
 def test_images_and_sequences_of_other_shapes_are_refused():
     model, _ = adapted("conv")
     with pytest.raises(ValueError, match=r"x must have shape \[batch, channels, height, width\]"):

@@ -12,7 +12,7 @@ from models import EVERYTHING, adapted, assert_unchanged, disturb, snapshot, tok
 from torch import nn
 
 import peftkern
-from peftkern import LoraConfig, QLoRALinear
+from peftkern import BottleneckConfig, LoraConfig, QLoRALinear
 
 
 @pytest.mark.parametrize("config", [LoraConfig(), EVERYTHING, MIXED], ids=["all", "some", "mixed"])
@@ -159,6 +159,14 @@ def test_what_is_not_merged_cannot_be_unmerged():
     model = merged_in_part(adapted())
     peftkern.unmerge(model)  # the others are as they were wanted
     assert not model.layers[1].q_proj.merged
+
+
+def test_another_adapter_that_cannot_be_merged_keeps_none_from_unmerging():
+    model = adapted()
+    before = model(tokens())
+    peftkern.merge(model)
+    peftkern.adapt(model, BottleneckConfig(r=2, target_modules=["q_proj"]))
+    assert torch.equal(peftkern.unmerge(model)(tokens()), before)
 
 
 # Training.

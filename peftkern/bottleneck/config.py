@@ -60,6 +60,7 @@ class BottleneckConfig(AttachedConfig):
         exclude_modules: name endings, or a regular expression, that are left alone.
 
     Raises:
+        TypeError: a width or a count that is no int, or names that are no strings.
         ValueError: a value out of range.
     """
 
@@ -89,16 +90,16 @@ class BottleneckConfig(AttachedConfig):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {_listed(choices)}, got {value!r}")
         for name in ("r", "repeat"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            _check.count(name, getattr(self, name))
         if self.rate is not None and not self.rate > 0:
             raise ValueError(f"rate must be above 0, got {self.rate}")
         self._check_kind()
         if not math.isfinite(self.scale):
             raise ValueError(f"scale must be finite, got {self.scale}")
         _check.probability("dropout", self.dropout)
-        for name in ("target_modules", "exclude_modules"):
-            _check.expression(name, getattr(self, name))
+        if self.target_modules is not None:
+            _check.expression("target_modules", self.target_modules)
+        _check.expression("exclude_modules", self.exclude_modules)
 
     def _check_kind(self) -> None:
         """What a kind has no use for is refused, where it differs from what a field starts as."""
@@ -117,8 +118,8 @@ class BottleneckConfig(AttachedConfig):
             if (value := getattr(self, name)) not in values:
                 wanted = " or ".join(map(repr, values))
                 raise ValueError(f"{name} must be {wanted} for kind {self.kind!r}, got {value!r}")
-        if self.kernel is not None and self.kernel < 1:
-            raise ValueError(f"kernel must be at least 1, got {self.kernel}")
+        if self.kernel is not None:
+            _check.count("kernel", self.kernel)
         if self.kind == "conv" and self.target_modules is None:
             raise ValueError("target_modules must name modules for kind 'conv', got None")
 

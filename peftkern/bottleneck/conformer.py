@@ -89,6 +89,8 @@ class ConformerAdapter(Branch):
         hidden = functional.glu(hidden).transpose(1, 2)
         taps = self.taps.to(hidden.dtype), self.bias_taps.to(hidden.dtype)
         hidden = functional.conv1d(hidden, *taps, padding="same", groups=self.r)
+        if hidden.dtype == torch.float64:  # torch's takes none that is wider than its weight
+            hidden = hidden.to(self.taps.dtype)
         hidden = self.batch_norm(hidden).transpose(1, 2)
         hidden = hidden.reshape(*x.shape[:-1], self.r).to(x.dtype)
         dropout = self.config.dropout if self.training else 0.0

@@ -31,13 +31,15 @@ class PrefixConfig(_family.Config):
         length: keys and values a head, at least 0; with 0 the model computes the very same bits.
         prefix_projection: train keys and values as what an MLP with tanh makes of an embedding, one
             for all attentions of a kind (an encoder's, a decoder's, those across). A file has what
-            the MLP makes, and not the MLP.
+            the MLP makes, and not the MLP. It is the child `trunk` of the first prefix, and where
+            `fully_shard` spreads a model, it must be a unit of its own.
         encoder_hidden_size: the MLP's width.
         target_modules: "all-attention", a list of name endings, or a regular expression for the
             whole name.
         exclude_modules: name endings, or a regular expression, that are left alone.
 
     Raises:
+        TypeError: a length or a width that is no int, or names that are no strings.
         ValueError: a value out of range.
     """
 
@@ -50,12 +52,8 @@ class PrefixConfig(_family.Config):
     exclude_modules: str | tuple[str, ...] | list[str] = ()
 
     def __post_init__(self) -> None:
-        if self.length < 0:
-            raise ValueError(f"length must be at least 0, got {self.length}")
-        if self.encoder_hidden_size < 1:
-            raise ValueError(
-                f"encoder_hidden_size must be at least 1, got {self.encoder_hidden_size}"
-            )
+        _check.count("length", self.length, least=0)
+        _check.count("encoder_hidden_size", self.encoder_hidden_size)
         for name in ("target_modules", "exclude_modules"):
             _check.expression(name, getattr(self, name))
 
@@ -157,6 +155,7 @@ class MamConfig(_family.Config):
         exclude_modules: name endings, or a regular expression, that are left alone by both.
 
     Raises:
+        TypeError: a length or a width that is no int, or names that are no strings.
         ValueError: a value out of range.
     """
 

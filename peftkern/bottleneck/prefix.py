@@ -46,7 +46,7 @@ class Trunk(nn.Module):
         self.bias = nn.Parameter(self.down.new_zeros(hidden))
 
     def forward(self) -> Tensor:
-        return torch.tanh(nn.functional.linear(self.embedding, self.down, self.bias))
+        return _hidden(self.embedding, self.down, self.bias)
 
 
 class Prefix(_family.Adapter):
@@ -101,8 +101,11 @@ class Prefix(_family.Adapter):
         """The keys and values as they are now."""
         if self.trunk is None:
             return self.keys, self.values
+        return self._split(nn.functional.linear(self.trunk(), self.up, self.bias))
+
+    def _split(self, made: Tensor) -> tuple[Tensor, Tensor]:
+        """By heads, of `[length, heads * (key + value)]`."""
         number, key, value = self.heads
-        made = nn.functional.linear(self.trunk(), self.up, self.bias)
         keys, values = made[:, : number * key], made[:, number * key :]
         return (
             keys.reshape(self.length, number, key).transpose(0, 1),
@@ -114,8 +117,16 @@ class Prefix(_family.Adapter):
         return _in_front(keys, key), _in_front(values, value)
 
     def parts(self) -> Parts:
-        keys, values = (part.detach().contiguous() for part in self.made())
+        made = self.made() if self.trunk is None else self._made_of_whole(self.trunk)
+        keys, values = (part.detach().contiguous() for part in made)
         return {"keys": keys, "values": values}
+
+    @torch.no_grad()
+    def _made_of_whole(self, trunk: Trunk) -> tuple[Tensor, Tensor]:
+        """Where processes hold a shard each of what they are made of, each makes all of them."""
+        hidden = _hidden(*map(_sharded.whole, (trunk.embedding, trunk.down, trunk.bias)))
+        up, bias = map(_sharded.whole, (self.up, self.bias))
+        return self._split(nn.functional.linear(hidden, up, bias))
 
     def fill(self, parts: Parts) -> None:
         for part, stored in zip(self.made(), (parts["keys"], parts["values"]), strict=True):
@@ -148,6 +159,10 @@ class Prefix(_family.Adapter):
 
     def extra_repr(self) -> str:
         return f"length={self.length}, heads={tuple(self.heads)}"
+
+
+def _hidden(embedding: Tensor, down: Tensor, bias: Tensor) -> Tensor:
+    return torch.tanh(nn.functional.linear(embedding, down, bias))
 
 
 def _in_front(prefix: Tensor, own: Tensor) -> Tensor:

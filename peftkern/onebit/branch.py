@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from peftkern import _inputs, _native
 from peftkern.bottleneck.reference import ACTIVATIONS
 from peftkern.onebit import check, codes, fallback
+from peftkern.onebit.statistics import count_backward
 
 
 def _fake_adapter(x: Tensor, down: Tensor, up: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -72,6 +73,8 @@ class _Adapter(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.compiler.is_compiling():
+            count_backward()
         *needs, residual_needs, _ = ctx.needs_input_grad
         found = iter(_adapter_bwd_op(grad.contiguous(), *ctx.saved_tensors, *ctx.options, needs))
         grads = [next(found) if need else None for need in needs]

@@ -12,6 +12,22 @@ from peftkern._seen import Seen
 from peftkern.onebit import codes
 
 
+_backwards = 0  # of adapters, since the program began
+
+
+def count_backward() -> None:
+    """To be called by the backward of each adapter: what comes next may be an optimiser's step."""
+    global _backwards
+    _backwards += 1
+
+
+def _moment() -> tuple[int, int]:
+    """Changes wherever latents may: between backwards, of which each counts as one, however many
+    adapters it passes and computes again."""
+    backward: int = torch._C._current_graph_task_id()
+    return (backward, 0) if backward >= 0 else (backward, _backwards)
+
+
 class Member(Protocol):
     """A layer with two latent weights."""
 
@@ -23,8 +39,8 @@ class Statistics:
     """What the first of its layers to be called computes for all: one op a step, not one a layer.
 
     Each layer is given its rows once. Asked again, as in the next step, all are computed anew: an
-    optimiser that writes past torch's counters is noticed so. Rows that a layer has not asked for,
-    having been left out of a step, it is given later where no counter of its latents has moved.
+    optimiser that writes past torch's counters is noticed so. Nor does a backward leave rows behind,
+    be they of layers that its step has left out, or of those that it has not computed again.
 
     Copies and pickles have no members: a layer that is copied joins the copy of its statistics.
     """
@@ -33,6 +49,7 @@ class Statistics:
         # Not held: a layer keeps its statistics, and must be free to go when its model does.
         self._members: dict[int, weakref.ref[Member]] = {}
         self._made: dict[int, tuple[Seen, Tensor]] = {}
+        self._moment = _moment()
 
     def __reduce__(self) -> tuple[type[Statistics], tuple[()]]:
         return Statistics, ()
@@ -47,8 +64,9 @@ class Statistics:
         if torch.compiler.is_compiling() or self._member(id(layer)) is not layer:
             return None
         seen, rows = self._made.pop(id(layer), (None, None))
-        if seen is None or not seen.is_of([layer.down, layer.up]):
-            self._made = self._compute(layer.down.device)
+        now = _moment()
+        if seen is None or now != self._moment or not seen.is_of([layer.down, layer.up]):
+            self._made, self._moment = self._compute(layer.down.device), now
             _, rows = self._made.pop(id(layer), (None, None))
         return rows
 
@@ -62,7 +80,8 @@ class Statistics:
         pairs = [(layer, pair) for layer, pair in pairs if all(_is_here(t, device) for t in pair)]
         if not pairs:
             return {}
-        found = codes.statistics([tensor for _, pair in pairs for tensor in pair])
+        with torch.inference_mode(False):  # whose tensors no later gradient could pass
+            found = codes.statistics([tensor for _, pair in pairs for tensor in pair])
         rows = found.view(len(pairs), 2, 2).unbind()
         return {id(m): (Seen(pair), r) for (m, pair), r in zip(pairs, rows, strict=True)}
 

@@ -51,10 +51,8 @@ class LinearConfig(_family.Config):
     def targets(self, model: nn.Module) -> Iterator[_family.Target]:
         owners = _select.owners(model)
         special = _select.heads_and_routers(model) if self.target_modules == "all-linear" else {}
-        layers = _family.adapters(model).values()
-        inside = {part for layer in layers for part in layer.modules() if part is not layer}
         for module, names in _select.names(model).items():
-            if module not in inside and any(_select.named(module, name, self) for name in names):
+            if any(_select.named(module, name, self) for name in names):
                 weight = module._parameters.get("weight")
                 tied = [other for other in owners.get(id(weight), ()) if other != names[0]]
                 own = self.unquantised() if tied else self
