@@ -61,12 +61,15 @@ def grad_weight(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor | None)
     """The gradient of a dense weight, in its shape and dtype."""
     outputs, columns = weight.shape[-2:]
     if offsets is None or len(offsets) == 2:
-        return torch.mm(grad.t(), x).to(weight.dtype).view(weight.shape)
+        if weight.dtype.itemsize <= x.dtype.itemsize or not len(x):
+            return torch.mm(grad.t(), x).to(weight.dtype).view(weight.shape)
+        # The library would round the sums to x's dtype first.
+        offsets = torch.arange(0, len(x) + 1, len(x), device=x.device)
     out = torch.empty_like(weight)
     tile = paths.tile("grad_weight", x.device, x.dtype, len(x))
     programs = triton.cdiv(outputs, tile.outputs) * triton.cdiv(columns, tile.inner)
     if programs:
-        grad_weight_kernel[(programs, len(weight))](
+        grad_weight_kernel[(programs, len(offsets) - 1)](
             grad, x, offsets, out, outputs, columns,
             BLOCK_M=tile.rows, BLOCK_N=tile.outputs, BLOCK_K=tile.inner,
             num_warps=tile.warps, num_stages=tile.stages,

@@ -67,6 +67,8 @@ def test_every_gradient_of_the_fallback(columns, activation, parts):
 def test_gradients_lose_no_more_than_plain_torch(
     isa, inputs, columns, rank, outputs, dtype, activation, parts, p
 ):
+    if "norm" in parts:  # of very few columns a norm leaves signs, and gradients that cancel
+        columns = max(columns, 8)
     x, down, up, options = sample(inputs, columns, rank, outputs, dtype, parts)
     grad = torch.randn(inputs, outputs, dtype=dtype)
     ours = dict(activation=activation, dropout=p, seed=11)

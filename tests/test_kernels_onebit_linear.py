@@ -151,10 +151,10 @@ def test_the_adapter_is_the_reference(
     statistics, seed = on(device, STATISTICS, torch.tensor([5]))
 
     def plainly(x, down, up, grad, other):
-        """y, h and all gradients, by plain torch in the dtype of x; W as x's own dtype has it."""
+        """y, h and all gradients, by plain torch in the dtype of x; W as latents and x have it."""
         found = statistics.to(torch.promote_types(down.dtype, torch.float32))
         dense = fallback.quantize([t.to(found.dtype) for t in (down, up)], found, bits)
-        leaves = [x, *(w.to(dtype).to(x.dtype) for w in dense)]
+        leaves = [x, *(w.to(latent).to(dtype).to(x.dtype) for w in dense)]
         x, *dense = leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         to = {"none": None, "x": x, "other": other}[residual]
         y = bottleneck.linear(x, *dense, None, None, 0.5, activation, to, None, p, seed)

@@ -14,6 +14,7 @@ from peftkern.qlora import fallback, reference
 from peftkern.qlora.ops import operand
 
 triton_qlora = pytest.importorskip("peftkern.kernels.qlora", reason="needs triton")
+from peftkern.kernels import qlora_backward as triton_backward  # noqa: E402
 from peftkern.kernels import qlora_paths as paths  # noqa: E402
 from peftkern.kernels import qlora_strips as strips  # noqa: E402
 
@@ -150,6 +151,13 @@ def test_strips_of_several_blocks_are_added_up(device, dtype, grouped, monkeypat
         weight, groups = weight.dequantize(dtype)[0], []
         parameters = [t[0] for t in parameters]
     assert_every_gradient(grad, x, weight, *parameters, 0.5, 0.25, seed, *groups, tile=TILES[1])
+
+
+@pytest.mark.parametrize("rows", [0, 9])
+def test_the_gradient_of_a_wider_weight_is_rounded_once(device, rows):
+    grad, x = on(device, *(torch.randn(rows, n, dtype=torch.bfloat16) for n in (5, 20)))
+    found = triton_backward.grad_weight(grad, x, torch.empty(5, 20, device=device), None)
+    torch.testing.assert_close(found, grad.float().t() @ x.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_all_of_x_may_be_dropped(device):
