@@ -6,7 +6,7 @@ import pytest
 import torch
 from bottlenecks import as_reference, sample
 from close import assert_as_good
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from peftkern import _native, bottleneck
@@ -67,6 +67,8 @@ def test_every_gradient_of_the_fallback(columns, activation, parts):
 def test_gradients_lose_no_more_than_plain_torch(
     isa, inputs, columns, rank, outputs, dtype, activation, parts, p
 ):
+    # The norm of one column is 0 whatever x is, and what is left of it no more than rounding.
+    assume(columns > 1 or not parts & {"norm", "plain norm"})
     x, down, up, options = sample(inputs, columns, rank, outputs, dtype, parts)
     grad = torch.randn(inputs, outputs, dtype=dtype)
     ours = dict(activation=activation, dropout=p, seed=11)
@@ -81,7 +83,12 @@ def test_gradients_lose_no_more_than_plain_torch(
 
     found = gradients(run, *operands, grad)
     for which, gradient in enumerate(found):
-        assert_as_good(gradient, lambda *t, i=which: gradients(truth, *t)[i], *operands, grad)
+
+        def plainly(*operands, which=which):
+            return gradients(truth, *operands)[which]
+
+        # Torch adds up the rows of a vector in a tree, these kernels in their order.
+        assert_as_good(gradient, plainly, *operands, grad, factor=4 if gradient.dim() == 1 else 2)
 
 
 def backward_arguments(inputs=60, norm=True):
