@@ -67,7 +67,7 @@ def test_every_gradient_of_the_fallback(columns, activation, parts):
 def test_gradients_lose_no_more_than_plain_torch(
     isa, inputs, columns, rank, outputs, dtype, activation, parts, p
 ):
-    if "norm" in parts:  # of very few columns a norm leaves signs, and gradients that cancel
+    if parts & {"norm", "plain norm"}:  # of very few columns it leaves signs, whose gradient is 0
         columns = max(columns, 8)
     x, down, up, options = sample(inputs, columns, rank, outputs, dtype, parts)
     grad = torch.randn(inputs, outputs, dtype=dtype)
@@ -83,7 +83,12 @@ def test_gradients_lose_no_more_than_plain_torch(
 
     found = gradients(run, *operands, grad)
     for which, gradient in enumerate(found):
-        assert_as_good(gradient, lambda *t, i=which: gradients(truth, *t)[i], *operands, grad)
+
+        def plainly(*operands, which=which):
+            return gradients(truth, *operands)[which]
+
+        # Torch adds up the rows of a vector in a tree, these kernels in their order.
+        assert_as_good(gradient, plainly, *operands, grad, factor=4 if gradient.dim() == 1 else 2)
 
 
 def backward_arguments(inputs=60, norm=True):

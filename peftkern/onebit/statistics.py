@@ -38,8 +38,9 @@ class Statistics:
     """What the first of its layers to be called computes for all: one op a step, not one a layer.
 
     Each layer is given its rows once. Asked again, as in the next step, all are computed anew: an
-    optimiser that writes past torch's counters is noticed so. No backward leaves rows behind either,
-    be they of layers that its step has left out, or of those that it has not computed again.
+    optimiser that writes past torch's counters is noticed so. No backward leaves rows behind
+    either, be they of layers that its step has left out or of those that it has not computed
+    again.
 
     Copies and pickles have no members: a layer that is copied joins the copy of its statistics.
     """
