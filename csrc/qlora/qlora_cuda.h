@@ -31,9 +31,6 @@ struct DeviceWeight {
   int64_t bits;                // 4 or 8
 };
 
-// What a tensor of the caller's choice holds.
-enum class Float : int32_t { f32, f64, bf16, fp16 };
-
 // y[m, n] = sum_k x[m, k] W[n, k] + scale * sum_j down[m, j] lora_b[n, j] + bias[n]
 //
 // T: float, bf16, fp16. Sums are float, over a block of codes before its scale comes in, and
