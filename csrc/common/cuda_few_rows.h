@@ -195,11 +195,11 @@ class Ring {
   int inputs_;  // rows of x from this thread's first on
 };
 
-// The sum of the splits' shares, in their order; `count` apart, of which this is number i.
-__device__ inline float sum_of_splits(const float* shares, int64_t splits, int64_t count,
-                                      int64_t i) {
+// The sum of the splits' shares [splits, inputs, rows], in their order.
+__device__ inline float sum_of_splits(const float* shares, int64_t splits, int64_t inputs,
+                                      int64_t rows, int input, int64_t row) {
   float sum = 0;
-  for (int64_t s = 0; s < splits; ++s) sum += shares[s * count + i];
+  for (int64_t s = 0; s < splits; ++s) sum += shares[(s * inputs + input) * rows + row];
   return sum;
 }
 

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kFewRowsThreads)
   const int64_t row = int64_t{blockIdx.x} * kFewRowsThreads + threadIdx.x;
   if (row >= rows) return;
   const int input = static_cast<int>(blockIdx.y);
-  const float sum = sum_of_splits(workspace, io.splits, io.inputs * rows, input * rows + row);
+  const float sum = sum_of_splits(workspace, io.splits, io.inputs, rows, input, row);
   finish(io, rows, row, input, sum);
 }
 
