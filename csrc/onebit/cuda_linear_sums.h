@@ -6,9 +6,10 @@
 // numbers of 16 bits have their signs, and two more just below:
 //   ((w << s) & 0x80008000) | [1, 1]    is 1 or -1, of bits 15 - s and 31 - s
 //   ((w << s) & 0x40004000) | [-0, -0]  is -0 or -2, of bits 14 - s and 30 - s: 1 less than a sign
-// Two instructions and a shift make four signs. What that 1 adds up to is taken off at the end: one
-// more product, which serves all rows of the weight, sums x, and x beside such bits alone. Of 1 bit
-// these are four columns; of 2 bits two columns in two planes, level = high * sign + low * sign'.
+// Two instructions and a shift make four signs: of 1 bit those of four columns, of 2 bits of two
+// columns in two planes, level = high * sign + low * sign'. What that 1 adds up to is taken off at
+// the end: one more product, for all rows of the weight, sums x, and x beside such bits alone.
+// Columns that share a product are so chosen that their pairs of x are formed where x was loaded.
 #pragma once
 #include "onebit/cuda_linear_plan.h"
 
@@ -174,8 +175,7 @@ class Sums {
     }
   }
 
-  // Of x itself: row 0 of the product is the sum of all columns, row 1 of those beside a bit
-  // that stands for -0 or -2.
+  // Of x: row 0 is the sum of all columns, row 1 of those beside a bit that means -0 or -2.
   __device__ void add_up(const uint32_t (&pairs)[kTiles][kPairs]) {
     const uint32_t all = lane_.group == 0 ? kOnes<T> : 0;
     const uint32_t below = kBits == 1 && lane_.group == 1 ? kOnes<T> : all;
