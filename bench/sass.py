@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
-# Of decode's main loop: 64 rows by 256 columns a turn, among 256 threads.
-WEIGHTS_A_TURN = 64
+# Of the main loop, by the kernel's name, a turn and thread: 64 rows by 256 columns among 256
+# threads; 128 rows by 512 columns of 1 bit, of more bits as much less.
+WEIGHTS_A_TURN = {"decode": 64, "bits": 256}
 
 DTYPES = {"f": "f32", "d": "f64", "NS_4bf16": "half", "NS_4fp16": "half"}
 
@@ -40,8 +41,12 @@ class Kernel(NamedTuple):
 
     @property
     def slots(self) -> float:
-        """Issue slots a weight and lane of decode's main loop; 0 without one."""
-        return main_loop(self.code) / WEIGHTS_A_TURN
+        """Issue slots a weight and lane of the main loop; 0 without one."""
+        kernel, _, *arguments = self.name.split()
+        if kernel not in WEIGHTS_A_TURN:
+            return 0.0
+        bits = int(arguments[0]) if kernel == "bits" else 1
+        return main_loop(self.code) * bits / WEIGHTS_A_TURN[kernel]
 
 
 def listing(text: str) -> list[tuple[int, str]]:

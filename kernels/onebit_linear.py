@@ -2,7 +2,7 @@
 
     y = std * (x L^T) + mean * s + bias,  L = level[code],  s[m] = sum of x[m]
 
-Few rows by a kernel in CUDA, where it was built; more by a product that unpacks inside; many by
+Few rows by the kernel in CUDA, where it was built; more by a product that unpacks inside; many by
 panels of std * L for the library's product, which adds them to mean * s + bias.
 """
 
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern import _native
 from peftkern.kernels import qlora_paths as paths
 from peftkern.kernels.common import dot, load, narrow, rows_of, widen
 from peftkern.kernels.onebit_codes import decode
@@ -141,34 +142,25 @@ START_ROWS, START_BLOCK = 4, 1024
 
 
 def lay_out(packed: Tensor, bits: int, width: int) -> Tensor:
-    """Rows of whole 32-bit words, so that they are copied while others are multiplied.
-
-    Such a copy takes 4 bytes at least. What is left of a row's last word is zero, as are the rows
-    up to a multiple of 16, which make the bytes as many as those of other kernels.
-    """
-    rows, bytes = packed.shape
-    return torch.nn.functional.pad(packed, (0, -bytes % 4, 0, -rows % 16)).view(-1)
+    return fallback.in_words(packed)
 
 
 def linear(
     x: Tensor, laid_out: Tensor, statistics: Tensor, bits: int, rows: int, bias: Tensor | None
 ) -> Tensor:
     if x.dtype == torch.float64:
-        packed = _rows(laid_out, rows, triton.cdiv(x.shape[-1] * bits, 8))
-        return fallback.linear(x, packed.reshape(-1), statistics, bits, rows, bias)
+        return fallback.decode(x, laid_out, statistics, bits, rows, bias)
     flat = rows_of(x)
-    y = flat.new_empty(len(flat), rows)
-    if y.numel():
-        path = paths.choose(x.device, x.dtype, len(flat), 1, bits, decodes=False)
-        way = gemm if path == "gemm" else panels
-        way(flat, laid_out, statistics, bits, bias, y)
-    return y.view(*x.shape[:-1], rows)
-
-
-def _rows(laid_out: Tensor, rows: int, bytes: int) -> Tensor:
-    """The canonical bytes `[rows, bytes]`, a view."""
-    stride = triton.cdiv(bytes, 4) * 4
-    return laid_out.as_strided((rows, bytes), (stride, 1))
+    decodes = _native.serves("onebit_decode", x.device.type)
+    path = paths.choose(x.device, x.dtype, len(flat), 1, bits, decodes)
+    if path == "decode":
+        y = torch.ops.peftkern.onebit_decode(flat, laid_out, statistics, bits, rows, bias)
+    else:
+        y = flat.new_empty(len(flat), rows)
+        if y.numel():
+            way = gemm if path == "gemm" else panels
+            way(flat, laid_out, statistics, bits, bias, y)
+    return y.view(*x.shape[:-1], rows)  # type: ignore[no-any-return]
 
 
 def gemm(

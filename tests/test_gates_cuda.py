@@ -36,7 +36,7 @@ class Gate(NamedTuple):
 
 
 # By template arguments: dtype (half: bf16 and fp16 alike); of decode, bits, columns that share a
-# scale, whether scales are nested, and rows of x.
+# scale, whether scales are nested, and rows of x; of onebit's bits, bits and rows of x.
 GATES = {
     "quantize half": Gate(32, 128, WIDE_LOADS),
     "quantize f32": Gate(40, 128, WIDE_LOADS),
@@ -73,6 +73,18 @@ GATES = {
     "decode f32 8 64 0 4": Gate(128, 0, PLAIN, 8.7),
     "decode_any half": Gate(80, 0, ("FFMA",)),
     "decode_any f32": Gate(80, 0, ("FFMA",)),
+    "bits half 1 8": Gate(96, 0, MATRIX, 1.25),
+    "bits half 1 16": Gate(128, 0, MATRIX, 1.65),
+    "bits half 2 8": Gate(104, 0, MATRIX, 2.6),
+    "bits half 4 8": Gate(80, 0, MATRIX, 2.6),
+    "bits half 4 16": Gate(128, 0, MATRIX, 2.9),
+    "bits f32 1 4": Gate(128, 0, PLAIN, 7.1),
+    "bits f32 2 4": Gate(128, 0, PLAIN, 10.3),
+    "bits f32 4 4": Gate(120, 0, PLAIN, 7.3),
+    "bits_any half": Gate(64, 0, ("FFMA",)),
+    "bits_any f32": Gate(64, 0, ("FFMA",)),
+    "bits_join half": Gate(32, 0, ("LDG.E",)),
+    "bits_join f32": Gate(32, 0, ("LDG.E",)),
     "join half": Gate(32, 0, ("LDG.E",)),
     "join f32": Gate(32, 0, ("LDG.E",)),
 }

@@ -8,6 +8,7 @@ from close import assert_as_good
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peftkern import _native
 from peftkern.bottleneck import reference as bottleneck
 from peftkern.onebit import fallback, reference
 from peftkern.qlora.reference import linear
@@ -110,6 +111,21 @@ def test_every_code_has_a_place_of_its_own_in_the_layout(device, bits, columns):
         (packed,) = on(device, reference.pack(codes, bits))
         y = run(x, packed, statistics, bits, None, "gemm").t().cpu()
         torch.testing.assert_close(y, torch.where(codes == 0, first, last))
+
+
+@pytest.mark.parametrize(("inputs", "taken"), [(1, True), (16, True), (17, False)])
+def test_few_rows_are_left_to_the_kernel_in_cuda_where_there_is_one(device, inputs, taken):
+    x, packed, statistics, bias = sample(device, 9, 40, inputs, 2)
+    calls, laid_out = [], triton_onebit.lay_out(packed, 2, 40)
+
+    def decode(*args):
+        calls.append(args)
+        return fallback.decode(*args)
+
+    with _native.Instead({"onebit_decode": decode}):
+        y = triton_onebit.linear(x, laid_out, statistics, 2, 9, bias)
+    assert bool(calls) == taken
+    assert_as_good(y, plain(packed, 2), x, statistics, bias)
 
 
 def test_double_precision_is_left_to_the_fallback(device):

@@ -15,6 +15,7 @@ if not _native.serves("onebit_linear", "cpu"):
 LINEAR, LAY_OUT = torch.ops.peftkern.onebit_linear, torch.ops.peftkern.onebit_lay_out
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BITS = st.sampled_from(reference.BITS)
+PACKED = ("onebit_linear", "onebit_lay_out", "onebit_decode")  # what few rows take on a GPU
 
 
 def packed_codes(rows, width, bits):
@@ -76,7 +77,7 @@ def check(x, packed, statistics, bits, bias=None):
     return y
 
 
-@pytest.mark.ops("onebit_linear", "onebit_lay_out")
+@pytest.mark.ops(*PACKED)
 @given(
     rows=st.integers(0, 150),
     width=st.integers(0, 1100),
@@ -100,7 +101,7 @@ def test_linear_is_the_reference(isa, rows, width, inputs, bits, dtype, bias):
     check(x, packed_codes(rows, width, bits), statistics, bits, bias)
 
 
-@pytest.mark.ops("onebit_linear", "onebit_lay_out")
+@pytest.mark.ops(*PACKED)
 @pytest.mark.parametrize("mean", [0.0, 0.65, 1000.0])
 @pytest.mark.parametrize("width", [1, 7, 8, 31, 32, 33, 768])
 def test_any_mean_beside_the_std(isa, width, mean):
@@ -144,7 +145,7 @@ def weight_of(rows, width, bits, dtype=torch.float32):
     return onebit.quantize(torch.randn(rows, width, dtype=dtype), bits)
 
 
-@pytest.mark.ops("onebit_linear", "onebit_lay_out")
+@pytest.mark.ops(*PACKED)
 @pytest.mark.parametrize("bits", reference.BITS)
 def test_a_packed_weight_is_the_dense_one(isa, bits):
     weight, bias = weight_of(70, 300, bits), torch.randn(70)
@@ -189,7 +190,7 @@ def test_it_compiles_whole():
         torch.testing.assert_close(found, right)
 
 
-@pytest.mark.ops("onebit_linear", "onebit_lay_out")
+@pytest.mark.ops(*PACKED)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_what_is_not_finite_stays_in_its_row_of_x(isa, dtype):
     packed, statistics = packed_codes(40, 600, 1), torch.tensor([[0.02, 0.8]])
@@ -201,7 +202,7 @@ def test_what_is_not_finite_stays_in_its_row_of_x(isa, dtype):
         assert y[[0, *range(2, inputs)]].isfinite().all()
 
 
-@pytest.mark.ops("onebit_linear", "onebit_lay_out")
+@pytest.mark.ops(*PACKED)
 @pytest.mark.parametrize("statistics", [[torch.nan, 1.0], [0.0, torch.nan], [torch.inf, 1.0]])
 def test_statistics_that_are_no_numbers_spoil_everything(isa, statistics):
     packed = packed_codes(40, 600, 1)
@@ -209,7 +210,7 @@ def test_statistics_that_are_no_numbers_spoil_everything(isa, statistics):
     assert not y.isfinite().any()
 
 
-@pytest.mark.ops("onebit_linear", "onebit_lay_out")
+@pytest.mark.ops(*PACKED)
 def test_without_a_std_every_weight_is_the_mean(isa):
     packed = packed_codes(40, 600, 1)
     x = torch.randint(-8, 8, (2, 600)).float()

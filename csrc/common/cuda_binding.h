@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 
 #include "common/binding.h"
+#include "common/half.h"
 
 #if defined(PEFTKERN_EMULATED)
 // Spelled once more, in peftkern/_native.py.
@@ -123,6 +124,36 @@ inline void check_count(const CudaScope& scope, const Tensor& tensor, const char
   STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
   STD_TORCH_CHECK(tensor.numel() == count, name, " must have ", count, " elements, got ",
                   tensor.numel());
+}
+
+// Calls f with a pointer of the dtype's type, null.
+template <typename Function>
+cudaError_t with_type(ScalarType dtype, const Function& f) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return f(static_cast<double*>(nullptr));
+    case ScalarType::BFloat16:
+      return f(static_cast<bf16*>(nullptr));
+    case ScalarType::Half:
+      return f(static_cast<fp16*>(nullptr));
+    default:
+      STD_TORCH_CHECK(dtype == ScalarType::Float, "a tensor must be of a float dtype");
+      return f(static_cast<float*>(nullptr));
+  }
+}
+
+inline Float float_type(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return Float::f64;
+    case ScalarType::BFloat16:
+      return Float::bf16;
+    case ScalarType::Half:
+      return Float::fp16;
+    default:
+      STD_TORCH_CHECK(dtype == ScalarType::Float, "a tensor must be of a float dtype");
+      return Float::f32;
+  }
 }
 
 }  // namespace peftkern

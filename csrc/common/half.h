@@ -1,4 +1,4 @@
-// 16-bit floats as they lie in memory.
+// 16-bit floats as they lie in memory, and the names of all.
 #pragma once
 #include <cstdint>
 
@@ -10,5 +10,8 @@ struct bf16 {
 struct fp16 {
   uint16_t bits;
 };
+
+// What a tensor of the caller's choice holds.
+enum class Float : int32_t { f32, f64, bf16, fp16 };
 
 }  // namespace peftkern

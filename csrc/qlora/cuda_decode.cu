@@ -17,28 +17,21 @@
 namespace peftkern::qlora {
 namespace {
 
-// grid (rows / kTileRows, splits, inputs / kMost), block (kDecodeThreads), shared Plan::bytes: sums
-// of a tile's rows over a split's stages, for up to kMost rows of x. With one split they become y.
+// grid (rows / kTileRows, splits, inputs / kMost), block (kFewRowsThreads), shared Plan::bytes:
+// sums of a tile's rows over a split's stages, for up to kMost rows of x. With one split they
+// become y.
 template <typename T, typename Layout, int kMost>
-__global__ void __launch_bounds__(kDecodeThreads, 2)
+__global__ void __launch_bounds__(kFewRowsThreads, 2)
     decode_kernel(DeviceWeight weight,              //
                   Decode<T> io,                     //
                   int shift,                        // block is 1 << shift
                   float* __restrict__ workspace) {  // [splits, inputs, rows], or null for one split
   using Where = Plan<T, Layout, kMost>;
   char* shared = static_cast<char*>(ptx::dynamic_shared());
-  const int64_t stages = (weight.columns + kTileColumns - 1) / kTileColumns;
-  const int64_t first = stages * blockIdx.y / gridDim.y,
-                last = stages * (blockIdx.y + 1) / gridDim.y;
-  Share share;
-  share.row = int64_t{blockIdx.x} * kTileRows;
-  share.stage = first;
-  share.stages = static_cast<int>(last - first);
-  share.input = static_cast<int>(blockIdx.z) * kMost;
-  share.inputs = static_cast<int>(io.inputs) - share.input;
-  if (share.inputs > kMost) share.inputs = kMost;
-
-  Ring<T, Layout, kMost> ring(shared, weight, io.x, share);
+  const Share share = Share::of<Where>(weight.columns, io.inputs);
+  DecodeRing<T, Layout, kMost> ring(shared + Where::kRing, weight.packed,
+                                    weight.columns * Layout::kBits / 8, weight.rows, io.x,
+                                    weight.columns, share);
 #pragma unroll
   for (int t = 0; t < ring.kStages - 1; ++t) ring.fill(t);
   Values<T, Layout>::write(shared, weight.codebook);
@@ -63,7 +56,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   auto* parts = reinterpret_cast<float*>(shared + Where::kRing);
   sums.write(parts);
   __syncthreads();
-  for (int i = threadIdx.x; i < kTileRows * share.inputs; i += kDecodeThreads) {
+  for (int i = threadIdx.x; i < kTileRows * share.inputs; i += kFewRowsThreads) {
     const int64_t row = share.row + i % kTileRows;
     const int input = i / kTileRows;
     if (row >= weight.rows) continue;
@@ -81,29 +74,28 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   }
 }
 
-// grid (rows / kDecodeThreads, inputs), block (kDecodeThreads): y from the sums of the splits,
+// grid (rows / kFewRowsThreads, inputs), block (kFewRowsThreads): y from the sums of the splits,
 // added in their order.
 template <typename T>
-__global__ void __launch_bounds__(kDecodeThreads)
+__global__ void __launch_bounds__(kFewRowsThreads)
     join_kernel(Decode<T> io,                           //
                 int64_t rows,                           //
                 const float* __restrict__ workspace) {  // [splits, inputs, rows]
-  const int64_t row = int64_t{blockIdx.x} * kDecodeThreads + threadIdx.x;
+  const int64_t row = int64_t{blockIdx.x} * kFewRowsThreads + threadIdx.x;
   if (row >= rows) return;
   const int input = static_cast<int>(blockIdx.y);
-  float sum = 0;
-  for (int64_t s = 0; s < io.splits; ++s) sum += workspace[(s * io.inputs + input) * rows + row];
+  const float sum = sum_of_splits(workspace, io.splits, io.inputs, rows, input, row);
   finish(io, rows, row, input, sum);
 }
 
-// grid (rows / warps), block (kDecodeThreads): any weight, a warp a row. The values are exact, and
+// grid (rows / warps), block (kFewRowsThreads): any weight, a warp a row. The values are exact, and
 // every 32nd column is summed in turn.
 template <typename T>
-__global__ void __launch_bounds__(kDecodeThreads)
+__global__ void __launch_bounds__(kFewRowsThreads)
     decode_any_kernel(DeviceWeight weight,  //
                       Decode<T> io,         //
                       int shift) {          // block is 1 << shift
-  const int64_t row = int64_t{blockIdx.x} * (kDecodeThreads / 32) + threadIdx.x / 32;
+  const int64_t row = int64_t{blockIdx.x} * (kFewRowsThreads / 32) + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (row >= weight.rows) return;
   float sums[kMostInputs] = {};
@@ -146,13 +138,13 @@ cudaError_t decode_tiles(const DeviceWeight& weight, const Decode<T>& io, float*
   const dim3 grid(ceil_divide(weight.rows, kTileRows), static_cast<unsigned>(io.splits),
                   ceil_divide(io.inputs, kMost));
   const int inputs = io.inputs < kMost ? static_cast<int>(io.inputs) : kMost;
-  const cudaError_t status = launch(decode_kernel<T, Layout, kMost>, grid, dim3(kDecodeThreads),
+  const cudaError_t status = launch(decode_kernel<T, Layout, kMost>, grid, dim3(kFewRowsThreads),
                                     size_t(Plan<T, Layout, kMost>::bytes(inputs)), stream, weight,
                                     io, weight.bits == 4 ? log2_of(weight.block) : 0, workspace);
   if (status != cudaSuccess || io.splits == 1) return status;
   return launch(join_kernel<T>,
-                dim3(ceil_divide(weight.rows, kDecodeThreads), static_cast<unsigned>(io.inputs)),
-                dim3(kDecodeThreads), 0, stream, io, weight.rows, workspace);
+                dim3(ceil_divide(weight.rows, kFewRowsThreads), static_cast<unsigned>(io.inputs)),
+                dim3(kFewRowsThreads), 0, stream, io, weight.rows, workspace);
 }
 
 template <typename T, typename Layout>
@@ -178,24 +170,10 @@ cudaError_t decode_nibbles(const DeviceWeight& weight, const Decode<T>& io, floa
 
 int64_t decode_splits(const DeviceWeight& weight, int64_t inputs, int64_t multiprocessors) {
   if (!lies_in_runs(weight)) return 1;
-  const int64_t tiles = ceil_divide(weight.rows, kTileRows), places = 2 * multiprocessors;
-  const int64_t stages = ceil_divide(weight.columns, kTileColumns);
-  // In stages of a block of threads: what it takes to begin, and to write the sums and join them.
-  // Estimated, not measured.
-  constexpr double kBegin = 2, kJoin = 2;
-  const double join = 8.0 * inputs * kTileRows / (kTileRows * kTileColumns * weight.bits / 8);
-  int64_t best = 1;
-  double least = 0;
-  for (int64_t splits = 1; splits <= stages && splits <= 64; ++splits) {
-    const int64_t waves = (tiles * splits + places - 1) / places;
-    const double each = (stages + splits - 1) / splits + kBegin;
-    const double cost = waves * each + (splits > 1 ? kJoin + waves * join : 0);
-    if (splits == 1 || cost < least) {
-      best = splits;
-      least = cost;
-    }
-  }
-  return best;
+  const double join = 8.0 * static_cast<double>(inputs) * kTileRows /
+                      static_cast<double>(kTileRows * kTileColumns * weight.bits / 8);
+  return splits_of(ceil_divide(weight.rows, kTileRows), ceil_divide(weight.columns, kTileColumns),
+                   multiprocessors, join);
 }
 
 int64_t decode_workspace(const DeviceWeight& weight, int64_t inputs, int64_t splits) {
@@ -207,8 +185,8 @@ cudaError_t decode_cuda(const DeviceWeight& weight, const Decode<T>& io, float* 
                         cudaStream_t stream) {
   if (weight.rows == 0 || io.inputs == 0) return cudaSuccess;
   if (!lies_in_runs(weight) || !is_aligned(weight.packed, 16) || !is_aligned(io.x, 16)) {
-    return launch(decode_any_kernel<T>, dim3(ceil_divide(weight.rows, kDecodeThreads / 32)),
-                  dim3(kDecodeThreads), 0, stream, weight, io,
+    return launch(decode_any_kernel<T>, dim3(ceil_divide(weight.rows, kFewRowsThreads / 32)),
+                  dim3(kFewRowsThreads), 0, stream, weight, io,
                   weight.bits == 4 ? log2_of(weight.block) : 0);
   }
   if (weight.bits == 8) {

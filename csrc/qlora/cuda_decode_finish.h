@@ -35,8 +35,7 @@ __device__ inline void finish(const Decode<T>& io, int64_t rows, int64_t row, in
     sum = fmaf(io.scale, dot(io.down + input * io.rank, io.lora_b, io.lora_b_type, row, io.rank),
                sum);
   }
-  const float one = 1.0f;
-  if (io.bias) sum += dot(&one, io.bias, io.bias_type, row, 1);
+  if (io.bias) sum += element(io.bias, io.bias_type, row);
   from_float(sum, io.y + input * rows + row);
 }
 

@@ -6,89 +6,23 @@
 
 namespace peftkern::qlora {
 
-template <int kBytes>
-struct Words {
-  uint32_t word[(kBytes + 3) / 4] = {};
-};
-
-template <int kBytes>
-__device__ inline Words<kBytes> load_words(const char* from) {
-  Words<kBytes> out;
-  if constexpr (kBytes % 16 == 0) {
-#pragma unroll
-    for (int i = 0; i < kBytes / 16; ++i) {
-      const uint4 four = reinterpret_cast<const uint4*>(from)[i];
-      out.word[4 * i] = four.x;
-      out.word[4 * i + 1] = four.y;
-      out.word[4 * i + 2] = four.z;
-      out.word[4 * i + 3] = four.w;
-    }
-  } else if constexpr (kBytes == 8) {
-    const uint2 two = *reinterpret_cast<const uint2*>(from);
-    out.word[0] = two.x;
-    out.word[1] = two.y;
-  } else if constexpr (kBytes == 4) {
-    out.word[0] = *reinterpret_cast<const uint32_t*>(from);
-  } else {
-    static_assert(kBytes == 2);
-    out.word[0] = *reinterpret_cast<const uint16_t*>(from);
-  }
-  return out;
-}
-
-// The values of two codes that follow one another: in a register for 16-bit T, in two for float.
-template <typename T>
-struct Pair {
-  using Type = uint32_t;
-  __device__ static Type of(float first, float second) { return pack(first, second, T{}); }
-};
-template <>
-struct Pair<float> {
-  using Type = uint2;
-  __device__ static Type of(float first, float second) {
-    return {__float_as_uint(first), __float_as_uint(second)};
-  }
-};
-
 template <typename T, typename Layout>
 class Values;
 
-// Codes of 4 bits: a byte finds its two values at once. An entry fills all banks with copies, so
-// that each lane, or each lane of a half-warp for float, has its own and none waits for another.
+// Codes of 4 bits: a byte finds its two values at once.
 template <typename T, int kSegment, bool kNested>
-class Values<T, Layout<4, kSegment, kNested>> {
-  using Entry = typename Pair<T>::Type;
-  static constexpr int kEntryBytes = 128, kCopies = kEntryBytes / static_cast<int>(sizeof(Entry));
-
+class Values<T, Layout<4, kSegment, kNested>> : public PairTable<T> {
  public:
-  __device__ explicit Values(const char* table)
-      : table_(table),
-        copy_(static_cast<unsigned>(
-            ptx::keep(static_cast<int>(threadIdx.x % kCopies * sizeof(Entry))))) {}
+  using PairTable<T>::PairTable;
 
-  // A thread writes an entry, from a place on that differs from its neighbours'.
   __device__ static void write(char* table, const float* codebook) {
-    static_assert(kDecodeThreads == 256);
-    const Entry entry = Pair<T>::of(codebook[threadIdx.x / 16], codebook[threadIdx.x % 16]);
-    Entry copies[16 / sizeof(Entry)];
-    for (Entry& copy : copies) copy = entry;
-    uint4 four;
-    memcpy(&four, copies, sizeof four);
-    auto* to = reinterpret_cast<uint4*>(table + threadIdx.x * kEntryBytes);
-#pragma unroll
-    for (unsigned i = 0; i < 8; ++i) to[(threadIdx.x + i) % 8] = four;
+    PairTable<T>::write(table, codebook[threadIdx.x / 16], codebook[threadIdx.x % 16]);
   }
 
   template <int kBytes>
-  __device__ Entry pair(const Words<kBytes>& codes, int i) const {
-    const uint32_t word = codes.word[i / 4];
-    const uint32_t entry = i % 4 ? word >> (8 * (i % 4) - 7) : word << 7;
-    return *reinterpret_cast<const Entry*>(table_ + ptx::and_or(entry, 0x7F80u, copy_));
+  __device__ typename Pair<T>::Type pair(const Words<kBytes>& codes, int i) const {
+    return this->of(codes.word[i / 4], i % 4);
   }
-
- private:
-  const char* table_;
-  unsigned copy_;
 };
 
 // Codes of 8 bits: with its sign bit turned over, a code is the low byte of 2^23 + 128 + code.
@@ -139,7 +73,7 @@ class Sums {
 
  public:
   // Adds the products of stage `t`.
-  __device__ void add(const Ring<T, Layout, kMost>& ring, const Scales<Layout>& scales,
+  __device__ void add(const DecodeRing<T, Layout, kMost>& ring, const Scales<Layout>& scales,
                       const Values<T, Layout>& values, int inputs, int t) {
 #pragma unroll
     for (int s = 0; s < Layout::kSegments; ++s) {
@@ -218,7 +152,7 @@ class Sums {
 template <typename Layout, int kMost>
 class Sums<float, Layout, kMost> {
  public:
-  __device__ void add(const Ring<float, Layout, kMost>& ring, const Scales<Layout>& scales,
+  __device__ void add(const DecodeRing<float, Layout, kMost>& ring, const Scales<Layout>& scales,
                       const Values<float, Layout>& values, int inputs, int t) {
 #pragma unroll
     for (int s = 0; s < Layout::kSegments; ++s) {

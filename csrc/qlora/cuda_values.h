@@ -1,9 +1,6 @@
-// What qlora's CUDA kernels have in common: values in and out of memory, and the scales of a
-// weight.
+// What qlora's CUDA kernels have in common: runs of values, and the scales of a weight.
 #pragma once
-#include <cstring>
-
-#include "common/ptx.h"
+#include "common/cuda_values.h"
 #include "qlora/qlora.h"
 #include "qlora/qlora_cuda.h"
 
@@ -15,21 +12,6 @@ static_assert(kNestedBlock == 1 << kNestedShift);
 
 // The largest finite float: what has no finite reciprocal is above it.
 inline constexpr float kLargest = 3.402823466e38f;
-
-__device__ inline float to_float(float value) { return value; }
-__device__ inline float to_float(double value) { return static_cast<float>(value); }
-__device__ inline float to_float(bf16 value) { return __uint_as_float(uint32_t{value.bits} << 16); }
-__device__ inline float to_float(fp16 value) { return ptx::to_float(value); }
-
-__device__ inline uint32_t pack(float low, float high, bf16) { return ptx::pack_bf16x2(low, high); }
-__device__ inline uint32_t pack(float low, float high, fp16) { return ptx::pack_fp16x2(low, high); }
-
-__device__ inline void from_float(float value, float* to) { *to = value; }
-__device__ inline void from_float(float value, double* to) { *to = value; }
-template <typename T>
-__device__ inline void from_float(float value, T* to) {
-  to->bits = static_cast<uint16_t>(pack(value, 0.0f, T{}));
-}
 
 // 16 bytes of a tensor: loaded, stored and passed on as one.
 template <typename T>
@@ -70,18 +52,10 @@ __device__ inline float block_scale(const DeviceWeight& weight, int64_t b) {
   return __fadd_rn(__fmul_rn(weight.map[weight.codes[b]], nested), *weight.offset);
 }
 
-inline bool is_aligned(const void* pointer, size_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
-}
-
 inline int log2_of(int64_t power) {
   int shift = 0;
   while ((int64_t{1} << shift) < power) ++shift;
   return shift;
-}
-
-inline unsigned ceil_divide(int64_t count, int64_t by) {
-  return static_cast<unsigned>((count + by - 1) / by);
 }
 
 }  // namespace peftkern::qlora

@@ -31,14 +31,11 @@ struct DeviceWeight {
   int64_t bits;                // 4 or 8
 };
 
-// What a tensor of the caller's choice holds.
-enum class Float : int32_t { f32, f64, bf16, fp16 };
-
 // y[m, n] = sum_k x[m, k] W[n, k] + scale * sum_j down[m, j] lora_b[n, j] + bias[n]
 //
 // T: float, bf16, fp16. Sums are float, over a block of codes before its scale comes in, and
 // rounded to T once. Of a bf16 or fp16 x, products are those of the matrix unit: the codebook's
-// values are rounded to T (by up to 2^-9 and 2^-12 of themselves), the scales are not, nor are
+// values are rounded to T (by up to 2^-8 and 2^-11 of themselves), the scales are not, nor are
 // codes of 8 bits, which T holds. Of a float x everything is float.
 template <typename T>
 struct Decode {

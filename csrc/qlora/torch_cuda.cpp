@@ -6,36 +6,6 @@
 namespace peftkern::qlora {
 namespace {
 
-// Calls f with a pointer of the dtype's type, null.
-template <typename Function>
-cudaError_t with_type(ScalarType dtype, const Function& f) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return f(static_cast<double*>(nullptr));
-    case ScalarType::BFloat16:
-      return f(static_cast<bf16*>(nullptr));
-    case ScalarType::Half:
-      return f(static_cast<fp16*>(nullptr));
-    default:
-      STD_TORCH_CHECK(dtype == ScalarType::Float, "a tensor must be of a float dtype");
-      return f(static_cast<float*>(nullptr));
-  }
-}
-
-Float float_type(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return Float::f64;
-    case ScalarType::BFloat16:
-      return Float::bf16;
-    case ScalarType::Half:
-      return Float::fp16;
-    default:
-      STD_TORCH_CHECK(dtype == ScalarType::Float, "a tensor must be of a float dtype");
-      return Float::f32;
-  }
-}
-
 int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
 
 // The buffers of a quantised weight of any number of experts, checked.

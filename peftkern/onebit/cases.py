@@ -46,6 +46,7 @@ def cases(device: torch.device) -> Iterator[Case]:
             typed = f"{words} {str(dtype).removeprefix('torch.')}"
             yield case(LATENT, f"onebit.linear latent {typed}", _latent, bits, dtype)
             yield case(PACKED, f"onebit.linear packed {typed}", _packed, bits, dtype)
+            yield case(("onebit_decode",), f"onebit_decode {typed}", _decode, bits, dtype)
             yield case(ADAPTER, f"onebit.adapter {typed}", _adapter, bits, dtype)
 
 
@@ -136,6 +137,23 @@ def _packed(bits: int, dtype: torch.dtype, device: torch.device) -> Iterator[Ver
             lambda x, bias: onebit.linear(x, there, bias), *(t.to(device) for t in operands)
         )
         yield from judge(found, plain_step, grad, dense, *operands[1:])
+
+
+def _decode(bits: int, dtype: torch.dtype, device: torch.device) -> Iterator[Verdict]:
+    """What linear calls for few rows on a GPU; rows of 640 can be copied by 16 bytes, those of 37
+    cannot."""
+    for rows, width in ((1, INPUTS), (3, 640), (16, 640)):
+        chosen, statistics = _codes(bits, 24, width), torch.tensor([[0.1, 0.6]])
+        x, bias = _random(2, rows, width).to(dtype), _random(4, 24).to(dtype)
+        laid_out = fallback.in_words(reference.pack(chosen, bits))
+        there, *others = (t.to(device) for t in (x, laid_out, statistics))
+        y = torch.ops.peftkern.onebit_decode(there, *others, bits, 24, bias.to(device))
+        dense = reference.values(chosen, statistics[0], bits)
+        yield from judge([y], _plain_decode, x, dense, bias)
+
+
+def _plain_decode(x: Tensor, dense: Tensor, bias: Tensor) -> list[Tensor]:
+    return [x @ dense.to(x.dtype).t() + bias]
 
 
 def _adapter(bits: int, dtype: torch.dtype, device: torch.device) -> Iterator[Verdict]:

@@ -63,6 +63,26 @@ def linear(
     return (y if bias is None else y + bias.to(sums)).to(x.dtype)
 
 
+def in_words(packed: Tensor) -> Tensor:
+    """The bytes as GPUs have them: rows of whole 32-bit words, which are copied while others are
+    multiplied.
+
+    What is left of a row's last word is zero, as are the rows up to a multiple of 16, which make
+    the bytes as many as those of other kernels.
+    """
+    rows, bytes = packed.shape
+    return torch.nn.functional.pad(packed, (0, -bytes % 4, 0, -rows % 16)).view(-1)
+
+
+def decode(
+    x: Tensor, laid_out: Tensor, statistics: Tensor, bits: int, rows: int, bias: Tensor | None
+) -> Tensor:
+    """`linear` of such bytes."""
+    bytes = -(-x.shape[-1] * bits // 8)
+    packed = laid_out.as_strided((rows, bytes), (-(-bytes // 4) * 4, 1))
+    return linear(x, packed.reshape(-1), statistics, bits, rows, bias)
+
+
 def adapter(
     x: Tensor, down: Tensor, up: Tensor, statistics: Tensor, bits: int, scale: float,
     activation: int, residual: Tensor | None, onto_x: bool, dropout: float, seed: Tensor | None,

@@ -33,6 +33,15 @@ _linear_op = _native.define(
     fallback.linear,
 )
 _native.register_triton("onebit", "linear")
+# What linear's launcher calls on a GPU for few rows (at most 16) of x `[rows, in]`, which is not
+# float64; `laid_out` as that launcher's own kernels read it.
+_native.define(
+    "onebit_decode(Tensor x, Tensor laid_out, Tensor statistics, int bits, int rows, Tensor? bias) "
+    "-> Tensor",
+    lambda x, laid_out, statistics, bits, rows, bias: x.new_empty(*x.shape[:-1], rows),
+    fallback.decode,
+    devices=("cuda",),
+)
 _PANEL = 2**22  # elements of a weight that are dequantised at a time
 
 
