@@ -1,6 +1,6 @@
 """Fused kernels for parameter-efficient fine-tuning."""
 
-from peftkern import bottleneck, onebit, qlora
+from peftkern import bottleneck, onebit, qlora, sparse
 from peftkern.adapt import Skipped, adapt, trainable_parameters
 from peftkern.bottleneck import BottleneckAdapter, BottleneckConfig, MamConfig, PrefixConfig
 from peftkern.corda import corda
@@ -40,6 +40,7 @@ __all__ = [
     "report",
     "restore",
     "save_adapter",
+    "sparse",
     "trainable_parameters",
     "unmerge",
 ]

@@ -1,0 +1,7 @@
+"""Some entries of a weight train, and neither their gradient nor their optimiser is dense."""
+
+from peftkern.sparse.linear import conv2d, linear
+from peftkern.sparse.ops import gather, scatter_, sddmm
+from peftkern.sparse.pattern import Pattern
+
+__all__ = ["Pattern", "conv2d", "gather", "linear", "scatter_", "sddmm"]
