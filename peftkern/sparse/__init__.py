@@ -3,5 +3,17 @@
 from peftkern.sparse.linear import conv2d, linear
 from peftkern.sparse.ops import gather, scatter_, sddmm
 from peftkern.sparse.pattern import Pattern
+from peftkern.sparse.select import AbsThreshold, Budget, SmallestFraction, TopGrad
 
-__all__ = ["Pattern", "conv2d", "gather", "linear", "scatter_", "sddmm"]
+__all__ = [
+    "AbsThreshold",
+    "Budget",
+    "Pattern",
+    "SmallestFraction",
+    "TopGrad",
+    "conv2d",
+    "gather",
+    "linear",
+    "scatter_",
+    "sddmm",
+]
