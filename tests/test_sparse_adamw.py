@@ -28,7 +28,9 @@ def sample(rows, columns, density, dtype=torch.float32, kind=None, seed=0):
 def call(tensors, born=(), step=3, rates=RATES, writes=True):
     """The op on several tensors, as `sample` makes them; -> what it has left in each of them."""
     tensors = [(w.clone(), p, *(t.clone() for t in rest)) for w, p, *rest in tensors]
-    weights, patterns, values, grads, *moments = (list(column) for column in zip(*tensors))
+    weights, patterns, values, grads, *moments = (
+        list(column) for column in zip(*tensors, strict=True)
+    )
     operands = [p.operand() for p in patterns]
     args = (
         weights if writes else [], values, grads, *moments, list(born),

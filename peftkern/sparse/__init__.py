@@ -3,12 +3,14 @@
 from peftkern.sparse.linear import conv2d, linear
 from peftkern.sparse.ops import gather, scatter_, sddmm
 from peftkern.sparse.pattern import Pattern
+from peftkern.sparse.sara import SaraAdamW
 from peftkern.sparse.select import AbsThreshold, Budget, SmallestFraction, TopGrad
 
 __all__ = [
     "AbsThreshold",
     "Budget",
     "Pattern",
+    "SaraAdamW",
     "SmallestFraction",
     "TopGrad",
     "conv2d",

@@ -64,8 +64,8 @@ def fallback(
 
 # weights and born: one for each of values, or none at all; values then go nowhere, and are all as
 # old as the optimiser. born is int32. patterns and layouts: two tensors and four integers of each
-# weight, as `Pattern.operand` has them. Values and what goes with them are float32, or float64 where
-# the weight is.
+# weight, as `Pattern.operand` has them. Values and what goes with them are float32, or float64 of
+# a float64 weight.
 step_op = _native.define(
     "sparse_adamw_(Tensor(a!)[] weights, Tensor(b!)[] values, Tensor[] grads, "
     "Tensor(c!)[] exp_avg, Tensor(d!)[] exp_avg_sq, Tensor[] born, Tensor[] patterns, "
