@@ -38,13 +38,16 @@ def batches(count=3, size=4, length=5, seed=1):
     return torch.randint(10, (count, 2, size, length), generator=generator)
 
 
+BATCHES = batches()
+
+
 def loss_of(model, batch):
     tokens, targets = batch
     logits = model(tokens)
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def train(model, optimizer, steps=batches(), clip=None, parts=1):
+def train(model, optimizer, steps=BATCHES, clip=None, parts=1):
     losses = []
     for batch in steps:
         total = 0.0
@@ -65,7 +68,7 @@ def dense(model):
     return {n: p for n, p in model.state_dict().items() if not n.endswith("_sparse")}
 
 
-def masked_training(model, masks, steps=batches(), clip=None, **options):
+def masked_training(model, masks, steps=BATCHES, clip=None, **options):
     """AdamW on everything, whose gradient is zero off the masks; -> a trained copy."""
     model = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), **{"weight_decay": 0.0, **options})

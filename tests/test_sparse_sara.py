@@ -1,4 +1,4 @@
-"""SaraAdamW on a whole model: against dense AdamW, and without the defects it was published with."""
+"""SaraAdamW on a whole model: against dense AdamW, and without its published defects."""
 
 import copy
 import math
@@ -105,6 +105,24 @@ def test_reselection_may_forget_and_may_leave_nothing():
     model(torch.ones(2, 6)).sum().backward()
     optimizer.step()
     assert torch.equal(model.weight, before)
+
+
+def test_a_graph_that_outlives_the_reselection_does_no_harm():
+    """As that of `loss` does in a training loop, until the next forward pass is through."""
+    found = []
+    for kept in ([], None):
+        model = zoo()
+        optimizer = SaraAdamW(model, THRESHOLD, lr=1e-2, progressive_iter=1)
+        for batch in batches(3):
+            loss = loss_of(model, batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if kept is not None:
+                kept.append(loss)
+            del loss
+        found.append(dense(model))
+    assert_equal(*found)
 
 
 def test_the_rank_loss_moves_the_values():

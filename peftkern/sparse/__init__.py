@@ -1,5 +1,6 @@
 """Some entries of a weight train, and neither their gradient nor their optimiser is dense."""
 
+from peftkern.sparse.id3 import Id3AdamW
 from peftkern.sparse.linear import conv2d, linear
 from peftkern.sparse.ops import gather, scatter_, sddmm
 from peftkern.sparse.pattern import Pattern
@@ -9,6 +10,7 @@ from peftkern.sparse.select import AbsThreshold, Budget, SmallestFraction, TopGr
 __all__ = [
     "AbsThreshold",
     "Budget",
+    "Id3AdamW",
     "Pattern",
     "SaraAdamW",
     "SmallestFraction",

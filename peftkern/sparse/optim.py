@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from peftkern.sparse.adamw import step_op
 from peftkern.sparse.pattern import Pattern
-from peftkern.sparse.state import common
 from peftkern.sparse.support import Support
 
 NEVER = 2**31 - 1  # when an entry comes in that is not to move again
@@ -102,17 +101,16 @@ class PackedAdamW(torch.optim.Optimizer):
                 support.write()
 
     def _state(self, values: Tensor) -> dict[str, Any]:
-        state = self.state[values]
+        state: dict[str, Any] = self.state[values]
         if not state:
             state["step"] = 0
             state.update({name: torch.zeros_like(values) for name in _MOMENTS})
         return state
 
-    def _follow(self, support: Support, old: Pattern) -> None:
-        """Moments of entries that stayed go where their values went; others start at zero."""
+    def _follow(self, support: Support, kept: Tensor, places: Tensor) -> None:
+        """What entries have had goes where they went: from `kept` to `places`; others have zero."""
         if not (state := self.state[support.values]):
             return
-        kept, places = common(old, support.pattern)
         for name in (*_MOMENTS, "born"):
             if name in state:
                 before = state[name]
@@ -121,7 +119,7 @@ class PackedAdamW(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and what the values are the values of."""
-        found: Mapping[str, Any] = super().state_dict()
+        found = super().state_dict()
         patterns = {s.name: _packed(s.pattern) for s in self.supports}
         return {**found, "sparse": {"steps": self.steps, "patterns": patterns}}
 

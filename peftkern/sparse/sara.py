@@ -103,9 +103,9 @@ class SaraAdamW(PackedAdamW):
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 self._hold(support, stays)
             else:
-                old = support.pattern
-                support.replace(restrict(old, stays), values.detach()[stays])
-                self._follow(support, old)
+                support.replace(restrict(support.pattern, stays), values.detach()[stays])
+                kept = stays.nonzero().flatten()
+                self._follow(support, kept, torch.arange(len(kept), device=kept.device))
 
     def _hold(self, support: Support, stays: Tensor) -> None:
         born = torch.zeros(stays.shape, dtype=torch.int32, device=stays.device)
