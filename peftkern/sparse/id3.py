@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from peftkern.sparse.candidates import Collector, Entries, Forward, best, score
-from peftkern.sparse.optim import PackedAdamW, check_rates, trained
+from peftkern.sparse.optim import MOMENTS, PackedAdamW, check_rates, trained
 from peftkern.sparse.pattern import Pattern, matrix_shape
 from peftkern.sparse.support import Support, attach
 
@@ -123,7 +123,11 @@ class Id3AdamW(PackedAdamW):
         at[order] = torch.arange(len(order), device=order.device)
         width = old.shape[1]
         support.replace(Pattern.from_indices(every // width, every % width, old.shape))
-        self._follow(support, torch.arange(old.nnz, device=at.device), at[: old.nnz])
+        for name in (*MOMENTS, "born"):
+            if name in state:
+                moved = state[name].new_zeros(len(order))
+                moved[at[: old.nnz]] = state[name]
+                state[name] = moved
         if self.cohort_steps:
             state["born"][at[old.nnz :]] = state["step"]
         values.grad = torch.cat([before, grads.to(before)])[order]

@@ -14,7 +14,7 @@ from peftkern.sparse.pattern import Pattern
 from peftkern.sparse.support import Support
 
 NEVER = 2**31 - 1  # when an entry comes in that is not to move again
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class _Call(NamedTuple):
@@ -84,7 +84,7 @@ class PackedAdamW(torch.optim.Optimizer):
         operands = [s.pattern.operand() for s in found] if call.writes else []
         step_op(
             weights, [v.detach() for v in values], grads,
-            *([state[name] for state in states] for name in _MOMENTS),
+            *([state[name] for state in states] for name in MOMENTS),
             [state["born"] for state in states] if call.has_born else [],
             [tensor for tensors, _ in operands for tensor in tensors],
             [number for _, layout in operands for number in layout],
@@ -104,18 +104,8 @@ class PackedAdamW(torch.optim.Optimizer):
         state: dict[str, Any] = self.state[values]
         if not state:
             state["step"] = 0
-            state.update({name: torch.zeros_like(values) for name in _MOMENTS})
+            state.update({name: torch.zeros_like(values) for name in MOMENTS})
         return state
-
-    def _follow(self, support: Support, kept: Tensor, places: Tensor) -> None:
-        """What entries have had goes where they went: from `kept` to `places`; others have zero."""
-        if not (state := self.state[support.values]):
-            return
-        for name in (*_MOMENTS, "born"):
-            if name in state:
-                before = state[name]
-                state[name] = before.new_zeros(support.pattern.nnz)
-                state[name][places] = before[kept]
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and what the values are the values of."""

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkern.sparse.optim import NEVER, PackedAdamW, check_rates, trained
-from peftkern.sparse.pattern import Pattern
+from peftkern.sparse import bits, picking
+from peftkern.sparse.optim import MOMENTS, NEVER, PackedAdamW, check_rates, trained
+from peftkern.sparse.rank import nuclear
 from peftkern.sparse.select import AbsThreshold
 from peftkern.sparse.support import Support, attach
 
@@ -95,17 +96,20 @@ class SaraAdamW(PackedAdamW):
         """
         for support in self.supports:
             values = support.values
-            stays = values.detach().abs() < self.threshold
             if self.reset_on_reselect:
                 self.state.pop(values, None)
-            if stays.all():
+            (picked,), counts = picking.below([values.detach()[None]], self.threshold, "<")
+            if (count := int(counts)) == len(values):
                 continue
             if torch.distributed.is_available() and torch.distributed.is_initialized():
-                self._hold(support, stays)
-            else:
-                support.replace(restrict(support.pattern, stays), values.detach()[stays])
-                kept = stays.nonzero().flatten()
-                self._follow(support, kept, torch.arange(len(kept), device=kept.device))
+                self._hold(support, bits.unpack(picked, len(values))[0])
+                continue
+            state = self.state[values]
+            names = [name for name in MOMENTS if name in state]
+            packed = [values.detach(), *(state[name] for name in names)]
+            pattern, (left, *moments) = picking.subset(support.pattern, picked[0], count, packed)
+            support.replace(pattern, left)
+            state.update(zip(names, moments, strict=True))
 
     def _hold(self, support: Support, stays: Tensor) -> None:
         born = torch.zeros(stays.shape, dtype=torch.int32, device=stays.device)
@@ -133,7 +137,7 @@ class SaraAdamW(PackedAdamW):
         if values.grad is None:
             values.grad = torch.zeros_like(values)
         live = state["born"] != NEVER if "born" in state else torch.ones_like(values)
-        slope = nuclear_gradient(values.detach() * live, support.pattern)
+        _, slope = nuclear(values.detach() * live, support.pattern)
         values.grad.add_(slope * live, alpha=self.lambda_rank)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -141,22 +145,3 @@ class SaraAdamW(PackedAdamW):
         for support in self.supports:
             if "born" in self.state.get(support.values, {}):
                 self._hold_gradient(support)
-
-
-def nuclear_gradient(values: Tensor, pattern: Pattern) -> Tensor:
-    """On the pattern, that of the nuclear norm of a matrix of these values and zeros."""
-    dense = torch.zeros(pattern.shape, dtype=values.dtype, device=values.device)
-    rows, columns = pattern.indices().long().unbind()
-    dense[rows, columns] = values
-    left, sizes, right = torch.linalg.svd(dense, full_matrices=False)
-    left = left * (sizes > sizes.max() * max(dense.shape) * torch.finfo(dense.dtype).eps)
-    found: Tensor = (left @ right)[rows, columns]
-    return found
-
-
-def restrict(pattern: Pattern, stays: Tensor) -> Pattern:
-    """Those entries of a pattern that a mask `[nnz]` says."""
-    row_start, columns = pattern.csr().tensors
-    before = torch.zeros(pattern.nnz + 1, dtype=torch.int64, device=stays.device)
-    before[1:] = stays.cumsum(0)
-    return Pattern.from_csr(before[row_start.long()], columns.int()[stays], pattern.shape)
