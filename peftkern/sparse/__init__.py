@@ -4,6 +4,7 @@ from peftkern.sparse.id3 import Id3AdamW
 from peftkern.sparse.linear import conv2d, linear
 from peftkern.sparse.ops import gather, scatter_, sddmm
 from peftkern.sparse.pattern import Pattern
+from peftkern.sparse.published import import_sara
 from peftkern.sparse.sara import SaraAdamW
 from peftkern.sparse.select import AbsThreshold, Budget, SmallestFraction, TopGrad
 
@@ -17,6 +18,7 @@ __all__ = [
     "TopGrad",
     "conv2d",
     "gather",
+    "import_sara",
     "linear",
     "scatter_",
     "sddmm",
