@@ -204,7 +204,7 @@ class Forward:
 
     def __call__(self, *_: Any) -> None:
         if self.collector is not None and (collector := self.collector()) is not None:
-            collector.stale = torch.is_grad_enabled() or collector.stale
+            collector.stale = True
 
     def __reduce__(self) -> Any:
         return Forward, ()
