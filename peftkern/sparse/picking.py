@@ -21,7 +21,7 @@ from peftkern.sparse.pattern import CSR_BELOW, Pattern
 _STEP = 12  # bits of the keys that one histogram tells
 BINS = 2**_STEP  # spelled once more, in csrc/sparse/select.h, as is the next
 BAND = 32768  # a pick may choose among so many scores, or among those of one key
-_SAMPLE = 2**16
+_SAMPLE = 2**15
 _DEVIATIONS = 5  # of the sample's own error, on either side
 
 Range = tuple[int, int, int]  # low, shift and bins of a histogram
