@@ -22,7 +22,7 @@ of a config have in common, a pool or a statistic, is made once by its `share`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -32,8 +32,9 @@ from peftkern import _check, _select, _sharded
 Self = TypeVar("Self", bound="Config")
 
 Parts = dict[str, Tensor]
-# What is wanted of each part: its shape, and whether a file must have it.
-Wanted = dict[str, tuple[list[int], bool]]
+# What is wanted of each part: its shape, with a word for a size that the file decides, and whether
+# a file must have it.
+Wanted = dict[str, tuple[Sequence[int | str], bool]]
 Undo = Callable[[], object]
 # Of every module, by id, the parents that hold it and its name there.
 Places = dict[int, list[tuple[nn.Module, str]]]
@@ -92,6 +93,15 @@ class Adapter(nn.Module):
     def fields(self) -> dict[str, Any]:
         """What a file says of it: fields of its config."""
         return self.config.fields()
+
+    def base_hash(self) -> str | None:
+        """What a file says of the base that it belongs to, alone; None where any will do."""
+        return None
+
+    def check(self, parts: Parts, base_hash: Any) -> None:
+        """Raises TypeError or ValueError where a file's parts, which have the wanted shapes, do not
+        fit each other, or belong to another base.
+        """
 
     def misfit(self, config: Config) -> str | None:
         """Why it cannot become what a file's config says; None where `take` can do it."""
@@ -226,6 +236,9 @@ class Target:
         """As that of the `Adapter` that will be there."""
         raise NotImplementedError
 
+    def check(self, parts: Parts, base_hash: Any) -> None:
+        """As that of the `Adapter` that will be there."""
+
     def put(self, model: nn.Module, places: Places) -> Iterator[Undo]:
         """Puts it in, step by step; before each, gives what undoes it.
 
@@ -249,11 +262,13 @@ class Stored:
         parts: of every layer, by its name.
         own: by the same names, the config of each.
         configs: those that put such layers into a model that has none.
+        bases: by the same names, of those that belong to one base alone, its hash.
     """
 
     parts: dict[str, Parts]
     own: dict[str, Config]
     configs: Sequence[Config]
+    bases: dict[str, Any] = field(default_factory=dict)
 
 
 def check_fit(source: str, stored: dict[str, Parts], places: dict[str, Wanted]) -> None:
