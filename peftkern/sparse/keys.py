@@ -43,7 +43,7 @@ def width(scores: Sequence[Tensor]) -> tuple[int, int]:
 
 def of_number(number: float, dtype: torch.dtype, largest: bool) -> int:
     """The key of a threshold, rounded as torch rounds a number that it compares with."""
-    return int(_keys(torch.tensor([number], dtype=dtype), dtype, largest))
+    return int(of(torch.tensor([number], dtype=dtype), dtype, largest))
 
 
 def above_all(dtype: torch.dtype) -> int:
@@ -52,11 +52,7 @@ def above_all(dtype: torch.dtype) -> int:
 
 
 def of(score: Tensor, dtype: torch.dtype, largest: bool) -> Tensor:
-    """int64, in the score's shape."""
-    return _keys(score, dtype, largest).long()
-
-
-def _keys(score: Tensor, dtype: torch.dtype, largest: bool) -> Tensor:
+    """int32, or int64 of float64, in the score's shape."""
     integers = torch.int32 if dtype == torch.float32 else torch.int64
     keys = score.to(dtype).abs().view(integers)
     if not largest:
@@ -72,7 +68,7 @@ def _panels(scores: Sequence[Tensor], largest: bool) -> Iterator[tuple[int, slic
         height = max(1, _PANEL // max(1, score.shape[1]))
         for row in range(0, score.shape[0], height):
             rows = slice(row, min(row + height, score.shape[0]))
-            yield i, rows, of(score[rows], dtype, largest)
+            yield i, rows, of(score[rows], dtype, largest).long()
 
 
 def histogram(scores: Sequence[Tensor], largest: bool, low: int, shift: int, bins: int) -> Tensor:
@@ -114,6 +110,8 @@ def _band_limit(
         return low, count
     band = [keys[(keys >= low) & (keys < high)] for _, _, keys in _panels(scores, largest)]
     smallest = torch.cat(band).sort().values[:count]
+    if not len(smallest):
+        return low, 0
     limit = int(smallest[-1])
     return limit, int((smallest == limit).sum())
 

@@ -21,8 +21,10 @@ from peftkern.sparse.pattern import CSR_BELOW, Pattern
 _STEP = 12  # bits of the keys that one histogram tells
 BINS = 2**_STEP  # spelled once more, in csrc/sparse/select.h, as is the next
 BAND = 32768  # a pick may choose among so many scores, or among those of one key
-_SAMPLE = 2**16
+_SAMPLE = 2**15
 _DEVIATIONS = 5  # of the sample's own error, on either side
+
+Range = tuple[int, int, int]  # low, shift and bins of a histogram
 
 
 def _fake_pick(
@@ -87,17 +89,18 @@ def first(
     if count <= 0:
         return pick_op(scores, largest, 0, 1, 0)  # type: ignore[no-any-return]
     width, zeros = keys.width(scores)
-    low, shift = _guess(scores, count, largest, zeros) if group is None else _whole(width, zeros)
+    range_ = _whole(width, zeros) if group else _guess(scores, count, largest, width, zeros)
     while True:
-        own = histogram_op(scores, largest, low, shift, BINS)
+        low, shift, bins = range_
+        own = histogram_op(scores, largest, low, shift, bins)
         counts = own if group is None else _summed(own, group)
         up_to = counts.cumsum(0)
         if up_to[-1] <= count:
             return pick_op(scores, largest, end, end + 1, 0)  # type: ignore[no-any-return]
         # The first bin that with all before it has `count`.
         place = int(torch.searchsorted(up_to, count))
-        if not 0 < place <= BINS:  # the sample has not told the truth
-            low, shift = _whole(width, zeros)
+        if not 0 < place <= bins:  # the sample has not told the truth
+            range_ = _whole(width, zeros)
             continue
         left, held = count - int(up_to[place - 1]), int(counts[place])
         low += (place - 1) << shift
@@ -106,17 +109,15 @@ def first(
                 left = _own_part(int(own[place]), left, group, own.device)
             high = low + (1 if shift <= zeros else 1 << shift)
             return pick_op(scores, largest, low, high, left)  # type: ignore[no-any-return]
-        shift = max(zeros, shift - _STEP)
+        range_ = low, max(zeros, shift - _STEP), min(BINS, 1 << (shift - zeros))
 
 
-def _whole(width: int, zeros: int) -> tuple[int, int]:
-    """-> low and shift of a histogram of all keys."""
-    return 0, max(zeros, width - _STEP)
+def _whole(width: int, zeros: int) -> Range:
+    return 0, max(zeros, width - _STEP), BINS
 
 
-def _guess(scores: Sequence[Tensor], count: int, largest: bool, zeros: int) -> tuple[int, int]:
-    """-> low and shift of a histogram in which the last one to be picked lies, most likely."""
-    width, _ = keys.width(scores)
+def _guess(scores: Sequence[Tensor], count: int, largest: bool, width: int, zeros: int) -> Range:
+    """In which the last one to be picked lies, most likely."""
     total = sum(score.numel() for score in scores)
     # Odd, or it would stay in few columns of a matrix whose width is a power of two.
     stride = total // _SAMPLE | 1
@@ -134,7 +135,8 @@ def _guess(scores: Sequence[Tensor], count: int, largest: bool, zeros: int) -> t
     first, last = int(place) - margin, int(place) + margin
     low = int(sample[first]) if first >= 0 else 0
     end = int(sample[last]) + 1 if last < len(sample) else keys.above_all(dtype)
-    return low, max(zeros, (end - low - 1).bit_length() - _STEP)
+    shift = max(zeros, (end - low - 1).bit_length() - _STEP)
+    return low, shift, ((end - low - 1) >> shift) + 1
 
 
 def _summed(counts: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -100,7 +100,11 @@ class Support:
             values[places] = old.detach()[kept]
         _check.shape("values", values, [pattern.nnz])
         self._remember(pattern)
-        old.data, old.grad = values.to(old.dtype).contiguous(), None
+        wide = old.dtype
+        # The node that adds up its gradients knows the length, and lives as long as any older graph
+        # does. torch lets go of it where the dtype changes.
+        old.data = torch.empty(0, dtype=torch.bfloat16, device=old.device)
+        old.data, old.grad = values.to(wide).contiguous(), None
         state.pattern = pattern
         self.write()
 
