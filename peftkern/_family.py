@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from peftkern import _check, _select, _sharded
@@ -94,13 +95,13 @@ class Adapter(nn.Module):
         """What a file says of it: fields of its config."""
         return self.config.fields()
 
-    def base_hash(self) -> str | None:
-        """What a file says of the base that it belongs to, alone; None where any will do."""
+    def base_hash(self) -> Any:
+        """What a file says of the base that it belongs to, in JSON's types; None where any does."""
         return None
 
-    def check(self, parts: Parts, base_hash: Any) -> None:
-        """Raises TypeError or ValueError where a file's parts, which have the wanted shapes, do not
-        fit each other, or belong to another base.
+    def check(self, name: str, parts: Parts, base_hash: Any) -> None:
+        """Raises TypeError or ValueError, by this name, where a file's parts, which have the wanted
+        shapes, do not fit each other, or belong to another base.
         """
 
     def misfit(self, config: Config) -> str | None:
@@ -135,6 +136,25 @@ class Adapter(nn.Module):
         return f"no: {self.method}"
 
     def explained(self) -> Explained:
+        raise NotImplementedError
+
+
+class InPlace(Adapter):
+    """One that is merged into weights where they lie, and whose module stays when it goes."""
+
+    def refuse_merge(self, name: str, dtype: torch.dtype | None, requantize: bool) -> None:
+        """Raises ValueError where `merge` cannot have it so, before anything changes."""
+        raise NotImplementedError
+
+    def merge_in_place(self) -> None:
+        raise NotImplementedError
+
+    def unmerge_in_place(self) -> None:
+        """Gives the weights the bits back that they had before any training."""
+        raise NotImplementedError
+
+    def unload(self) -> None:
+        """Leaves the module that was there before, with its weights as they are."""
         raise NotImplementedError
 
 
@@ -236,7 +256,7 @@ class Target:
         """As that of the `Adapter` that will be there."""
         raise NotImplementedError
 
-    def check(self, parts: Parts, base_hash: Any) -> None:
+    def check(self, name: str, parts: Parts, base_hash: Any) -> None:
         """As that of the `Adapter` that will be there."""
 
     def put(self, model: nn.Module, places: Places) -> Iterator[Undo]:

@@ -15,10 +15,11 @@ from peftkern._folder import CONFIG, TENSORS
 from peftkern.bottleneck import BottleneckConfig, PrefixConfig
 from peftkern.onebit import OneBitConfig
 from peftkern.qlora import LoraConfig
+from peftkern.sparse import SparseConfig
 
 PEFT_TYPE, VERSION = "PEFTKERN", 1
 CONFIGS: dict[str, type[Config]] = {
-    c.method: c for c in (LoraConfig, BottleneckConfig, PrefixConfig, OneBitConfig)
+    c.method: c for c in (LoraConfig, BottleneckConfig, PrefixConfig, OneBitConfig, SparseConfig)
 }
 _DTYPES = (*_check.FLOATS, torch.int64)  # the latter counts the batches of a norm
 _DTYPES_OF = {

@@ -125,7 +125,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
     for name, layer in layers.items():
         if (reason := layer.misfit(stored.own[name])) is not None:
             raise ValueError(f"{name} must be what {CONFIG} says, got {reason}")
-        layer.check(stored.parts[name], stored.bases.get(name))
+        layer.check(name, stored.parts[name], stored.bases.get(name))
     with torch.no_grad():
         for name, parts in stored.parts.items():
             layers[name].fill(parts)
@@ -167,5 +167,6 @@ def _place(model: nn.Module, stored: Stored) -> None:
     fits = {target.layer_name: target.wanted() for target in planned.targets}
     _family.check_fit(TENSORS, stored.parts, fits)
     for target in planned.targets:
-        target.check(stored.parts[target.layer_name], stored.bases.get(target.layer_name))
+        name = target.layer_name
+        target.check(name, stored.parts[name], stored.bases.get(name))
     place(model, planned)

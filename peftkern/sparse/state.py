@@ -63,6 +63,11 @@ class State:
             put(weight, self.pattern, values)
             self.seen = Seen([weight, values])
 
+    def load(self, pattern: Pattern, origin: Pattern, base: Tensor | None) -> None:
+        """Becomes what another one was, whose weight and values are loaded next."""
+        self.pattern, self.origin, self.base = pattern, origin, base
+        self.learned, self.seen = None, Seen()
+
     def moved(self, device: torch.device, fn: Callable[[Tensor], Tensor]) -> None:
         """Follows the weight, to which a module's `_apply` has done `fn`."""
         same = self.origin is self.pattern
@@ -106,8 +111,18 @@ def restart(
         state.base = take(weight, pattern)
     state.pattern = state.origin = pattern
     state.learned, state.seen = None, Seen()
-    held.data, held.grad = values.to(held.device, held.dtype, copy=True), None
+    resize(held, pattern.nnz)
+    held.copy_(values)
     state.write(weight, held)
+
+
+def resize(values: nn.Parameter, count: int) -> None:
+    """Another length for the same object, without its grad."""
+    wide = values.dtype
+    # The node that adds up its gradients knows the length, and lives as long as any older graph
+    # does. torch lets go of it where the dtype changes.
+    values.data = torch.empty(0, dtype=torch.bfloat16, device=values.device)
+    values.data, values.grad = torch.zeros(count, dtype=wide, device=values.device), None
 
 
 def common(first: Pattern, second: Pattern) -> tuple[Tensor, Tensor]:

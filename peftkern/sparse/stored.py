@@ -7,7 +7,8 @@ weights are no adapter.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,77 @@ def unpacked(name: str, found: Parts, shape: Sequence[int]) -> tuple[Pattern, Te
     _check.dtype(f"{name}.values", values)
     _check.shape(f"{name}.values", values, [pattern.nnz])
     return pattern, values
+
+
+def check(
+    module: str,
+    found: Parts,
+    hashes: Any,
+    shapes: Mapping[str, Sequence[int]],
+    bases: Mapping[str, str],
+) -> None:
+    """Raises TypeError or ValueError unless the parts are those of supports on these very bases.
+
+    Args:
+        module: its name.
+        found: of that module, in the wanted shapes.
+        hashes: by its parameters' names, as the file has them.
+        shapes, bases: by the same names, of the module's weights.
+    """
+    for name, shape in shapes.items():
+        unpacked(name, found, shape)
+        stated = hashes.get(name) if isinstance(hashes, dict) else None
+        if stated != bases[name]:
+            title = f"{module}.{name}".lstrip(".")
+            raise ValueError(
+                f"{title} must be the base that the adapter was trained on, with hash {stated}, got "
+                f"one with {bases[name]}"
+            )
+
+
+# Of a state dict: the entries of `State.origin`, which of them still train, and what they were.
+STATE_PARTS = ("columns", "row_start", "kept", "base")
+
+
+def state_parts(state: State) -> Parts:
+    row_start, columns = state.origin.csr().tensors
+    found = {"columns": columns, "row_start": row_start}
+    if state.origin is not state.pattern:
+        kept = torch.zeros(state.origin.nnz, dtype=torch.bool, device=columns.device)
+        kept[common(state.pattern, state.origin)[1]] = True
+        found["kept"] = kept
+    return found if state.base is None else found | {"base": state.base}
+
+
+def loaded(
+    found: Mapping[str, Tensor | None], values: Tensor, state: State, shape: Sequence[int]
+) -> tuple[Pattern, Pattern, Tensor | None]:
+    """The pattern, the origin and the base that a state dict tells of.
+
+    Raises:
+        TypeError, ValueError: a part is missing, or does not fit.
+    """
+    columns, row_start, kept, base = (found[name] for name in STATE_PARTS)
+    if columns is None or row_start is None or (base is None) != (state.base is None):
+        wanted = ["columns", "row_start"] + ["base"] * (state.base is not None)
+        have = [name for name, part in found.items() if part is not None]
+        raise ValueError(f"state_dict must have {', '.join(wanted)}, got {', '.join(have)}")
+    device = state.pattern.device
+    try:
+        origin = Pattern.from_csr(row_start, columns, matrix_shape(shape)).to(device)
+    except IndexError as error:
+        raise ValueError(str(error)) from error
+    pattern = origin
+    if kept is not None:
+        _check.shape("kept", kept, [origin.nnz])
+        rows, places = (index[kept.to(device)] for index in origin.indices())
+        pattern = Pattern.from_indices(rows, places, origin.shape)
+    _check.shape("values", values, [pattern.nnz])
+    if base is not None:
+        _check.shape("base", base, [origin.nnz])
+        assert state.base is not None
+        base = base.to(device, state.base.dtype, copy=True)
+    return pattern, origin, base
 
 
 @torch.no_grad()
