@@ -1,6 +1,8 @@
 """Some entries of a weight train, and neither their gradient nor their optimiser is dense."""
 
+from peftkern.sparse.config import SparseConfig
 from peftkern.sparse.id3 import Id3AdamW
+from peftkern.sparse.layer import SparseConv2d, SparseLinear
 from peftkern.sparse.linear import conv2d, linear
 from peftkern.sparse.ops import gather, scatter_, sddmm
 from peftkern.sparse.pattern import Pattern
@@ -15,6 +17,9 @@ __all__ = [
     "Pattern",
     "SaraAdamW",
     "SmallestFraction",
+    "SparseConfig",
+    "SparseConv2d",
+    "SparseLinear",
     "TopGrad",
     "conv2d",
     "gather",

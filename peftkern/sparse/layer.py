@@ -11,7 +11,9 @@ from torch.nn import functional
 
 from peftkern import _inputs
 from peftkern.sparse import swap
-from peftkern.sparse.linear import conv2d, linear
+from peftkern.sparse.linear import conv2d, exact, linear
+from peftkern.sparse.ops import sddmm
+from peftkern.sparse.pattern import Pattern
 from peftkern.sparse.state import SUFFIX, State, states
 
 
@@ -31,8 +33,20 @@ class _Watched(torch.autograd.Function):
         return grad, None, None
 
 
-class _Product(swap.Sparse):
+class Product(swap.Sparse):
     """What computes by an op with the weight, its values and their pattern."""
+
+    sampled = "sparse_sddmm"  # the op that gives the gradient of the values
+
+    def way(self) -> str:
+        own = "weight" in states(self)
+        return "peftkern.sparse, the gradient on the support alone" if own else super().way()
+
+    def ops(self, form: str) -> dict[str, str]:
+        if "weight" not in states(self):
+            return super().ops(form)
+        forward = {"forward": "sparse_matmul"} if form == "delta" else {}
+        return forward | {"backward": self.sampled}
 
     def operands(self) -> tuple[State, Tensor, Tensor] | None:
         """State, weight and values; None where the module's own forward does it."""
@@ -47,7 +61,7 @@ class _Product(swap.Sparse):
         return state, weight, values
 
 
-class OfLinear(_Product):
+class OfLinear(Product):
     """y = x W'^T + bias of an `nn.Linear`, or of a subclass with its forward."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,8 +81,13 @@ def _of_rows(watcher: Any) -> Any:
     return tell
 
 
-class OfConv2d(_Product):
+class OfConv2d(Product):
     """The convolution of an `nn.Conv2d` or an `nn.Conv1d`, or of a subclass with its forward."""
+
+    sampled = "sparse_conv2d_sddmm"
+
+    def ops(self, form: str) -> dict[str, str]:  # a delta is added to a copy of the weight
+        return super().ops("value")
 
     def forward(self, x: Tensor) -> Tensor:
         if (operands := self.operands()) is None:
@@ -94,6 +113,50 @@ class OfConv2d(_Product):
             y = _Watched.apply(y, _inputs.autocast(x), _of_images(state.watcher, window))  # type: ignore[no-untyped-call]
         y = y[:, :, 0] if flat else y
         return y[0] if alone else y
+
+
+class _Transposed(torch.autograd.Function):
+    """y = x W + bias, where W holds the values."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.pattern, ctx.dtype = pattern, values.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        y = x @ weight.to(x.dtype)
+        return y if bias is None else y.add_(bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        x_trains, _, values_train, _, bias_trains = ctx.needs_input_grad
+        grad_x = grad_values = grad_bias = None
+        with exact(grad.device):
+            grad_x = grad @ weight.t().to(grad.dtype) if x_trains else None
+        if values_train:  # rows are x's features here
+            grad_values = sddmm(grad, x, ctx.pattern).to(ctx.dtype)
+        if bias_trains:
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            grad_bias = grad.sum(tuple(range(grad.dim() - 1)), dtype=wide).to(ctx.bias_dtype)
+        return grad_x, None, grad_values, None, grad_bias
+
+
+class OfTransposed(Product):
+    """transformers' `Conv1D`: y = x W' + bias, of a weight `[in, out]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (operands := self.operands()) is None:
+            return super().forward(x)  # type: ignore[no-any-return]
+        state, weight, values = operands
+        x = _inputs.autocast(x)
+        y: Tensor = _Transposed.apply(x, weight, values, state.pattern, self.read("bias"))  # type: ignore[no-untyped-call]
+        if state.watcher is None or not y.requires_grad:
+            return y
+        tell = _of_rows(state.watcher)
+        return _Watched.apply(y, x, lambda x, grad: tell(grad, x))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _of_images(watcher: Any, window: list[int]) -> Any:
@@ -131,6 +194,7 @@ class SparseConv2d(OfConv2d, nn.Conv2d):
 
 for _cls in (SparseLinear, SparseConv2d):
     swap.made[_cls.parent, _cls.parameters_read] = _cls
+swap.TRANSPOSED.append(OfTransposed)
 for _forward, _kind in (
     (nn.Linear.forward, OfLinear), (nn.Conv1d.forward, OfConv2d), (nn.Conv2d.forward, OfConv2d),
 ):  # fmt: skip

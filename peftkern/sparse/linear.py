@@ -92,7 +92,7 @@ def _grad_x(
     grad: Tensor, dense: Tensor | None, quantized: tuple[list[Tensor], list[int]] | None
 ) -> Tensor:
     if dense is not None:
-        with _exact(grad.device):
+        with exact(grad.device):
             return grad @ dense.to(grad.dtype)
     assert quantized is not None  # one of the two is what the weight was
     rows = grad.numel() // max(1, grad.shape[-1])
@@ -102,7 +102,7 @@ def _grad_x(
     return grads[0]  # type: ignore[no-any-return]
 
 
-def _exact(device: torch.device) -> AbstractContextManager[Any]:
+def exact(device: torch.device) -> AbstractContextManager[Any]:
     """A backward that is called under autocast multiplies in the dtype of its forward."""
     if not torch._C._is_any_autocast_enabled():
         return nullcontext()

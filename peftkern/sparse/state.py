@@ -44,6 +44,9 @@ class State:
         # All entries that have ever trained: those that no longer do keep what they have learned.
         self.origin, self.base = pattern, base
         self.merged = False
+        # What `origin` has learned, while the weight holds its base instead.
+        self.learned: Tensor | None = None
+        self.rule: dict[str, Any] | None = None  # by which the entries were selected, for files
         self.watcher: Watcher | None = None
         self.seen = Seen()
 
@@ -51,19 +54,27 @@ class State:
         """Puts the values into the weight, where either was written to since the last time."""
         if self.form == "delta" or self.merged:
             return
+        if self.learned is not None:
+            put(weight, self.origin, self.learned)
+            self.learned, self.seen = None, Seen()
         if torch.compiler.is_compiling():  # a graph would keep what is seen now
             put(weight, self.pattern, values)
         elif not self.seen.is_of([weight, values]):
             put(weight, self.pattern, values)
             self.seen = Seen([weight, values])
 
+    def load(self, pattern: Pattern, origin: Pattern, base: Tensor | None) -> None:
+        """Becomes what another one was, whose weight and values are loaded next."""
+        self.pattern, self.origin, self.base = pattern, origin, base
+        self.learned, self.seen = None, Seen()
+
     def moved(self, device: torch.device, fn: Callable[[Tensor], Tensor]) -> None:
         """Follows the weight, to which a module's `_apply` has done `fn`."""
         same = self.origin is self.pattern
         self.pattern = self.pattern.to(device)
         self.origin = self.pattern if same else self.origin.to(device)
-        if self.base is not None:
-            self.base = fn(self.base)
+        self.base = None if self.base is None else fn(self.base)
+        self.learned = None if self.learned is None else fn(self.learned)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has other tensors to look at, and nobody watches it.
@@ -87,6 +98,31 @@ def put(weight: Tensor, pattern: Pattern, values: Tensor) -> None:
     """The reverse; rounds to nearest."""
     if pattern.nnz:
         scatter_(weight.detach(), values.detach(), pattern)
+
+
+@torch.no_grad()
+def restart(
+    state: State, weight: Tensor, held: nn.Parameter, pattern: Pattern, values: Tensor
+) -> None:
+    """Trains these values from now on, on the weight as it was before any training."""
+    pattern = pattern.to(weight.device)
+    if state.base is not None:
+        put(weight, state.origin, state.base)
+        state.base = take(weight, pattern)
+    state.pattern = state.origin = pattern
+    state.learned, state.seen = None, Seen()
+    resize(held, pattern.nnz)
+    held.copy_(values)
+    state.write(weight, held)
+
+
+def resize(values: nn.Parameter, count: int) -> None:
+    """Another length for the same object, without its grad."""
+    wide = values.dtype
+    # The node that adds up its gradients knows the length, and lives as long as any older graph
+    # does. torch lets go of it where the dtype changes.
+    values.data = torch.empty(0, dtype=torch.bfloat16, device=values.device)
+    values.data, values.grad = torch.zeros(count, dtype=wide, device=values.device), None
 
 
 def common(first: Pattern, second: Pattern) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ dtype ("value"), or never learns of them ("delta").
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from peftkern import _check
 from peftkern._seen import Seen
 from peftkern.sparse import swap
 from peftkern.sparse.pattern import Pattern, matrix_shape
-from peftkern.sparse.state import FORMS, SUFFIX, State, Watcher, common, states, take, union
+from peftkern.sparse.state import FORMS, SUFFIX, State, Watcher, common, resize, states, take, union
+
+Owner = tuple[nn.Module, str]  # a module, and a parameter's name in it
 
 
 class Support:
@@ -100,11 +103,8 @@ class Support:
             values[places] = old.detach()[kept]
         _check.shape("values", values, [pattern.nnz])
         self._remember(pattern)
-        wide = old.dtype
-        # The node that adds up its gradients knows the length, and lives as long as any older graph
-        # does. torch lets go of it where the dtype changes.
-        old.data = torch.empty(0, dtype=torch.bfloat16, device=old.device)
-        old.data, old.grad = values.to(wide).contiguous(), None
+        resize(old, pattern.nnz)
+        old.copy_(values)
         state.pattern = pattern
         self.write()
 
@@ -141,7 +141,10 @@ def supports(model: nn.Module) -> list[Support]:
 
 @torch.no_grad()
 def attach(
-    model: nn.Module, selection: Mapping[str, Pattern], form: str = "value"
+    model: nn.Module,
+    selection: Mapping[str, Pattern],
+    form: str = "value",
+    rule: dict[str, Any] | None = None,
 ) -> list[Support]:
     """Gives parameters of a model a support each, on which alone they train.
 
@@ -156,6 +159,7 @@ def attach(
             than two axes a pattern of `[shape[0], rest]`, of one of a single axis `[1, n]`.
         form: "value": the weight holds the values; "delta": they are added to what it gives, by
             linears and convolutions alone.
+        rule: how they were selected, for files.
 
     Returns:
         The supports, in the selection's order.
@@ -167,7 +171,7 @@ def attach(
     """
     if form not in FORMS:
         raise ValueError(f"form must be 'value' or 'delta', got {form!r}")
-    owners = _owners(model)
+    owners = owners_of(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, pattern in selection.items():
         if name not in parameters:
@@ -175,34 +179,43 @@ def attach(
         _refuse(name, parameters[name], pattern, owners[id(parameters[name])], form)
     chosen = {id(parameters[name]): name for name in selection}
     _refuse_overlaps({name: parameters[name] for name in selection}, chosen)
-    found = []
-    for name, pattern in selection.items():
-        weight = parameters[name]
-        pattern = pattern.to(weight.device)
-        start = take(weight, pattern)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        values = nn.Parameter(start.to(wide, copy=True) if form == "value" else start.new_zeros(
-            pattern.nnz, dtype=wide))  # fmt: skip
-        state = State(pattern, form, start if form == "value" else None)
-        weight.requires_grad_(False)
-        for module, attribute in owners[id(weight)]:
-            swap.swap(module, attribute, state, values)
-        if form == "value":  # nothing to write: it is there
-            state.seen = Seen([weight, values])
-        found.append(Support(name, *owners[id(weight)][0]))
-    return found
+    return [
+        put_on(name, owners[id(parameters[name])], pattern, form, rule)
+        for name, pattern in selection.items()
+    ]
+
+
+@torch.no_grad()
+def put_on(
+    name: str, owners: Sequence[Owner], pattern: Pattern, form: str, rule: dict[str, Any] | None
+) -> Support:
+    """Of one parameter, for which nothing speaks against it."""
+    home, own_name = owners[0]
+    weight = home._parameters[own_name]
+    assert weight is not None
+    pattern = pattern.to(weight.device)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    base = take(weight, pattern) if form == "value" else None
+    start = weight.new_zeros(pattern.nnz, dtype=wide) if base is None else base.to(wide, copy=True)
+    values = nn.Parameter(start)
+    state = State(pattern, form, base)
+    state.rule, state.seen = rule, Seen([weight, values])  # they are in the weight already
+    weight.requires_grad_(False)
+    for module, attribute in owners:
+        swap.swap(module, attribute, state, values, guest=(module, attribute) != owners[0])
+    return Support(name, home, own_name)
 
 
 def detach(support: Support, model: nn.Module) -> None:
     """Leaves the weight as it is, frozen, and takes everything else away."""
     support.write()
-    for module, attribute in _owners(model)[id(support.weight)]:
+    for module, attribute in owners_of(model)[id(support.weight)]:
         swap.swap_back(module, attribute)
 
 
-def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+def owners_of(model: nn.Module) -> dict[int, list[Owner]]:
     """Of every parameter, by id, the modules that hold it and its name there."""
-    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    found: dict[int, list[Owner]] = {}
     for module in model.modules():
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
@@ -214,7 +227,7 @@ def _refuse(
     name: str,
     weight: Tensor,
     pattern: Pattern,
-    owners: list[tuple[nn.Module, str]],
+    owners: Sequence[Owner],
     form: str,
 ) -> None:
     _check.dtype(name, weight)

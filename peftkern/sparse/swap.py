@@ -14,9 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from peftkern import _family, _swapped
+from peftkern import _family, _select, _swapped
 from peftkern._attached import Attached
-from peftkern.sparse.state import SUFFIX, State, states, take
+from peftkern.qlora import bnb
+from peftkern.qlora.frozen import FrozenLinear
+from peftkern.sparse import stored
+from peftkern.sparse.described import Described
+from peftkern.sparse.state import SUFFIX, State, resize, states, take
 
 Self = TypeVar("Self", bound="Sparse")
 
@@ -38,11 +42,13 @@ class _Written(torch.autograd.Function):
         return take(grad, ctx.pattern).to(ctx.dtype), None, None
 
 
-class Sparse(_family.Adapter):
+class Sparse(Described):
     """What all of them are."""
 
     _sparse_states: dict[str, State]
+    _sparse_guests: set[str]  # those among them that are at home in another module
     parent: ClassVar[type[nn.Module]]  # the class before
+    parameters_read: ClassVar[tuple[str, ...]]  # the names of those that `read` gives
 
     def read(self, name: str) -> Tensor | None:
         """A parameter as whoever computes with it is to see it."""
@@ -57,9 +63,6 @@ class Sparse(_family.Adapter):
         if not (torch.is_grad_enabled() and values.requires_grad):
             return weight
         return _Written.apply(values, weight, state)  # type: ignore[no-any-return, no-untyped-call]
-
-    def trained(self) -> list[nn.Parameter]:
-        return [self._parameters[name + SUFFIX] for name in states(self)]  # type: ignore[misc]
 
     def refuse_training(self) -> None:
         """Of a merged one: raises rather than let a step train nothing."""
@@ -88,9 +91,59 @@ class Sparse(_family.Adapter):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
-        return (_new, (self.parent, tuple(self.parameters_read)), *reduced[2:])
+        return (_new, (self.parent, self.parameters_read), *reduced[2:])
 
-    parameters_read: ClassVar[tuple[str, ...]]
+    def unload(self) -> None:
+        for name in list(states(self)):
+            swap_back(self, name)
+
+    def extra_repr(self) -> str:
+        own = super().extra_repr()
+        facts = (f"{n} {100 * s.pattern.density:.3g} %" for n, s in states(self).items())
+        return (
+            f"{own}{', ' if own else ''}sparse={', '.join(facts)}" + ", merged=True" * self.merged
+        )
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Beside the values, where they are and what the weight was before; merged, the weight
+        alone, as the plain module has it."""
+        for name, state in states(self).items():
+            state.write(self._parameters[name], self._parameters[name + SUFFIX])  # type: ignore[arg-type]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, state in states(self).items():
+            if state.merged:
+                destination.pop(prefix + name + SUFFIX, None)
+                continue
+            for key, tensor in stored.state_parts(state).items():
+                destination[f"{prefix}{name}{SUFFIX}.{key}"] = tensor
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        """Takes the entries that were saved, which may be others than those that are here."""
+        others = dict(state_dict)
+        for name, state in states(self).items():
+            key = prefix + name + SUFFIX
+            found = {part: others.pop(f"{key}.{part}", None) for part in stored.STATE_PARTS}
+            if state.merged:
+                errors.append(
+                    f"{key}: the layer must be unmerged before it loads, got a merged layer"
+                )
+                return
+            if key not in others:
+                continue  # which the module itself reports
+            try:
+                state.load(*stored.loaded(found, others[key], state, self.shape_of(name)))
+            except (TypeError, ValueError) as error:
+                errors.append(f"{key}: {error}")
+                others[key] = self._parameters[name + SUFFIX]
+                continue
+            held = self._parameters[name + SUFFIX]
+            assert held is not None
+            if held.shape != others[key].shape:
+                resize(held, others[key].shape[0])
+        super()._load_from_state_dict(others, prefix, metadata, strict, missing, unexpected, errors)
 
 
 class Recurrent(Sparse):
@@ -115,10 +168,16 @@ made: dict[tuple[type[nn.Module], tuple[str, ...]], type[Sparse]] = {}
 # What overrides the forward of a class whose forward this is; layer.py fills it in.
 KINDS: dict[Any, type[Sparse]] = {nn.RNN.forward: Recurrent, nn.LSTM.forward: Recurrent,
                                   nn.GRU.forward: Recurrent}  # fmt: skip
-PRODUCTS: set[type[Sparse]] = set()  # those among them that compute by our ops
+PRODUCTS: set[type[Sparse]] = set()  # those among them that compute by our ops, in both forms
+TRANSPOSED: list[type[Sparse]] = []  # what does so for transformers' Conv1D
 
 
 def kind_of(cls: type[nn.Module]) -> type[Sparse]:
+    if _select.is_a_class(cls, "transformers", "Conv1D"):
+        from transformers.pytorch_utils import Conv1D
+
+        if cls.forward is Conv1D.forward:
+            return TRANSPOSED[0]
     return KINDS.get(getattr(cls, "forward", None), Sparse)
 
 
@@ -134,13 +193,17 @@ def subclass(parent: type[nn.Module], names: tuple[str, ...]) -> type[Sparse]:
     return made[parent, names]
 
 
-def swap(module: nn.Module, attribute: str, state: State, values: nn.Parameter) -> None:
-    """Has a module compute with the support of one of its parameters."""
+def swap(
+    module: nn.Module, attribute: str, state: State, values: nn.Parameter, guest: bool = False
+) -> None:
+    """Has a module compute with the support of one of its parameters, whose home may be another."""
     if not isinstance(module, Sparse):
         module.__class__ = subclass(type(module), tuple(sorted(module._parameters)))
-        vars(module)["_sparse_states"] = {}
+        vars(module).update(_sparse_states={}, _sparse_guests=set())
         vars(module).pop("_flat_weights", None)
     states(module)[attribute] = state
+    if guest:
+        vars(module)["_sparse_guests"].add(attribute)
     module.register_parameter(attribute + SUFFIX, values)
 
 
@@ -148,10 +211,11 @@ def swap_back(module: Any, attribute: str) -> None:
     """The reverse; the weight stays as it is."""
     del states(module)[attribute]
     del module._parameters[attribute + SUFFIX]
+    vars(module)["_sparse_guests"].discard(attribute)
     if not states(module):
         recurrent = isinstance(module, Recurrent)
         module.__class__ = module.parent
-        del vars(module)["_sparse_states"]
+        del vars(module)["_sparse_states"], vars(module)["_sparse_guests"]
         if recurrent:
             module._init_flat_weights()
 
@@ -170,6 +234,8 @@ def obstacle(module: nn.Module, attribute: str, form: str) -> str | None:
         return "belongs to a scripted module"
     if hasattr(module._parameters[attribute], "device_mesh"):
         return "is sharded"
+    if isinstance(module, FrozenLinear) or bnb.is_quantized(module):
+        return "is quantised, or may be: SparseConfig(form='delta') adapts such a linear"
     kind = kind_of(getattr(module, "parent", type(module)))
     if form == "delta" and (kind not in PRODUCTS or attribute != "weight"):
         return "is no weight of a linear or a convolution, as the delta form needs"
