@@ -65,7 +65,7 @@ def train(model, optimizer, steps=BATCHES, clip=None, parts=1):
 
 def dense(model):
     """Every parameter of a model by its name, values of supports aside."""
-    return {n: p for n, p in model.state_dict().items() if not n.endswith("_sparse")}
+    return {n: p for n, p in model.state_dict().items() if "_sparse" not in n}
 
 
 def masked_training(model, masks, steps=BATCHES, clip=None, **options):

@@ -224,8 +224,9 @@ def test_channels_last_is_written_too():
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("model_first", [False, True])
 @pytest.mark.parametrize("trained", [2, 5])
-def test_a_resumed_run_has_the_same_bits(trained, tmp_path):
+def test_a_resumed_run_has_the_same_bits(trained, model_first, tmp_path):
     """Saved before and behind the reselection, which the third step makes."""
 
     def begin():
@@ -244,8 +245,9 @@ def test_a_resumed_run_has_the_same_bits(trained, tmp_path):
         schedule.step()
     other, resumed, its_schedule = begin()
     its_model, own, rates = torch.load(path)
-    resumed.load_state_dict(own)
-    other.load_state_dict(its_model)
+    loads = [(resumed, own), (other, its_model)]
+    for part, state in reversed(loads) if model_first else loads:
+        part.load_state_dict(state)
     its_schedule.load_state_dict(rates)
     for batch in steps[trained:]:
         train(other, resumed, batch[None])

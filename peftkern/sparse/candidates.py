@@ -220,12 +220,12 @@ class _Watcher:
         self.collector.look(self.number, x, grad)
 
     def convolution(self, x: Tensor, grad: Tensor, window: list[int]) -> None:
-        strides, padding, dilation = window[2:4], window[4:6], window[6:8]
-        shape = self.collector.supports[self.number].weight.shape
+        kernel, stride, padding, dilation = (window[i : i + 2] for i in (0, 2, 4, 6))
+        shape = [grad.shape[1], x.shape[1] // window[8], *kernel]
         # Transient, as a tensor's gradient is in torch's own backward.
         self.dense(
             conv2d_weight(  # type: ignore[no-untyped-call]
-                x.to(grad.dtype), list(shape), grad, strides, padding, dilation, window[8]
+                x.to(grad.dtype), shape, grad, stride, padding, dilation, window[8]
             )
         )
 

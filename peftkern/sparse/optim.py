@@ -116,8 +116,6 @@ class PackedAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes patterns and moments; the values themselves are the model's, and in its state.
 
-        To be called before the model takes its own, in which values have the patterns' lengths.
-
         Raises:
             ValueError: the state of another kind of optimiser, or of another model.
         """
