@@ -77,7 +77,7 @@ def test_any_shape_and_density_has_the_norm_of_its_decomposition(
     wanted, _ = decomposed(dense)
     assert abs(norm.double() - wanted) <= 10 * ERROR[dtype] * wanted
     # The convex function lies above the plane that a subgradient spans.
-    moved = dense.double()
+    moved = dense.double().clone()
     moved[mask] += 0.1 * torch.linspace(-1, 1, int(mask.sum()), dtype=torch.float64)
     above = norm.double() + gradient.double() @ (moved - dense.double())[mask]
     assert decomposed(moved)[0] >= above - 1e-4 * wanted

@@ -12,23 +12,9 @@
 #pragma once
 #include <cstdint>
 
-#include "common/half.h"
-#include "common/isa.h"
+#include "sparse/sparse.h"
 
 namespace peftkern::sparse {
-
-// Where packed entries stand, row by row and in a row from left to right.
-struct Places {
-  bool bitmap;
-  int64_t rows, columns, entries;
-  // csr: row_start [rows + 1]; column [entries], uint16 or, wide, int32.
-  // bitmap: bits [rows, ceil(columns / 32)], the lowest first; prefix [rows, ceil(columns / 128)],
-  // how many entries come before those 128 columns.
-  const void *start, *column;  // start: row_start or prefix, int32 or, wide, int64
-  bool wide_start, wide_column;
-  const uint32_t* bits;
-};
-inline constexpr int64_t kTileColumns = 128;
 
 // By age, from 1 to `known`; who is older has what `known` has.
 template <typename A>
@@ -47,7 +33,7 @@ struct Adamw {
   Corrections<A> corrections;
 };
 
-// T: the weight's type; A: that of values, gradients and moments, [entries] each.
+// T: the weight's type; A: that of values, gradients and moments, [nnz] each.
 template <typename T, typename A>
 struct Packed {
   T* weight;  // [rows, columns], or null where nothing is to be written
@@ -55,7 +41,7 @@ struct Packed {
   const A* grad;
   A *exp_avg, *exp_avg_sq;
   const int32_t* born;  // or null: all entries are as old as the optimiser
-  Places places;
+  Pattern pattern;
 };
 
 template <typename T, typename A>

@@ -4,6 +4,7 @@
 
 #include "common/blocks.h"
 #include "sparse/adamw.h"
+#include "sparse/entries.h"
 
 namespace peftkern::sparse::PEFTKERN_ISA {
 using namespace peftkern::PEFTKERN_ISA;
@@ -75,63 +76,60 @@ PEFTKERN_INLINE const T* as_weight(const float* values, int64_t count, T* buffer
 PEFTKERN_INLINE const float* as_weight(const float* values, int64_t, float*) { return values; }
 PEFTKERN_INLINE const double* as_weight(const double* values, int64_t, double*) { return values; }
 
-PEFTKERN_INLINE int64_t start(const Places& at, int64_t i) {
-  return at.wide_start ? static_cast<const int64_t*>(at.start)[i]
-                       : static_cast<const int32_t*>(at.start)[i];
-}
 // The last of `count` rows or tiles that does not start behind the entry: it has the entry.
-PEFTKERN_INLINE int64_t holder(const Places& at, int64_t count, int64_t entry) {
+PEFTKERN_INLINE int64_t holder(const Pattern& at, int64_t count, int64_t entry) {
   int64_t low = 0;
   for (int64_t high = count; high - low > 1;) {
     const int64_t middle = (low + high) / 2;
-    (start(at, middle) <= entry ? low : high) = middle;
+    (position(at, middle) <= entry ? low : high) = middle;
   }
   return low;
 }
 
 // Walks through the entries in their order, from any one on, and puts values where they belong.
 struct Csr {
-  const Places& at;
+  const Pattern& at;
   int64_t entry, row, row_end;
 
-  PEFTKERN_INLINE Csr begin(const Places& at, int64_t entry) {
+  PEFTKERN_INLINE Csr begin(const Pattern& at, int64_t entry) {
     const int64_t row = holder(at, at.rows, entry);
-    return {at, entry, row, start(at, row + 1)};
+    return {at, entry, row, position(at, row + 1)};
   }
   template <typename Column, typename T>
   PEFTKERN_INLINE void put_in(Csr& walk, const Column* column, const T* values, int64_t count,
                               T* weight) {
     for (const int64_t end = walk.entry + count; walk.entry < end;) {
-      while (walk.row_end <= walk.entry) walk.row_end = start(walk.at, ++walk.row + 1);
+      while (walk.row_end <= walk.entry) walk.row_end = position(walk.at, ++walk.row + 1);
       T* row = weight + walk.row * walk.at.columns;
       for (const int64_t last = min(end, walk.row_end); walk.entry < last; ++walk.entry) {
-        __builtin_prefetch(row + column[min(walk.entry + kAhead, walk.at.entries - 1)], 1);
+        __builtin_prefetch(row + column[min(walk.entry + kAhead, walk.at.nnz - 1)], 1);
         row[column[walk.entry]] = *values++;
       }
     }
   }
   template <typename T>
   PEFTKERN_INLINE void put(Csr& walk, const T* values, int64_t count, T* weight) {
-    if (walk.at.wide_column) {
-      put_in(walk, static_cast<const int32_t*>(walk.at.column), values, count, weight);
+    if (is_small(walk.at.columns)) {
+      put_in(walk, static_cast<const uint16_t*>(walk.at.places), values, count, weight);
     } else {
-      put_in(walk, static_cast<const uint16_t*>(walk.at.column), values, count, weight);
+      put_in(walk, static_cast<const uint32_t*>(walk.at.places), values, count, weight);
     }
   }
 };
 
 struct Bitmap {
-  const Places& at;
+  const Pattern& at;
+  const uint32_t* bits;
   int64_t words, row, word;
   uint32_t left;  // bits of this word that are still to come
 
-  PEFTKERN_INLINE Bitmap begin(const Places& at, int64_t entry) {
-    const int64_t words = (at.columns + 31) / 32,
-                  tiles = (at.columns + kTileColumns - 1) / kTileColumns;
-    const int64_t tile = holder(at, at.rows * tiles, entry);
-    Bitmap walk{at, words, tile / tiles, tile % tiles * (kTileColumns / 32), 0};
-    walk.left = at.bits[walk.row * words + walk.word];
-    for (int64_t skip = entry - start(at, tile); skip; --skip) {
+  PEFTKERN_INLINE Bitmap begin(const Pattern& at, int64_t entry) {
+    const auto* bits = static_cast<const uint32_t*>(at.places);
+    const int64_t words = words_of(at.columns), tiles = tiles_of(at.columns),
+                  tile = holder(at, at.rows * tiles, entry), row = tile / tiles,
+                  word = tile % tiles * (kTile / kWord);
+    Bitmap walk{at, bits, words, row, word, bits[row * words + word]};
+    for (int64_t skip = entry - position(at, tile); skip; --skip) {
       next(walk);
       walk.left &= walk.left - 1;
     }
@@ -144,15 +142,15 @@ struct Bitmap {
         walk.word = 0;
         ++walk.row;
       }
-      walk.left = walk.at.bits[walk.row * walk.words + walk.word];
+      walk.left = walk.bits[walk.row * walk.words + walk.word];
     }
   }
   template <typename T>
   PEFTKERN_INLINE void put(Bitmap& walk, const T* values, int64_t count, T* weight) {
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < count; ++i, walk.left &= walk.left - 1) {
       next(walk);
-      weight[walk.row * walk.at.columns + walk.word * 32 + __builtin_ctz(walk.left)] = values[i];
-      walk.left &= walk.left - 1;
+      T* word = weight + walk.row * walk.at.columns + walk.word * kWord;
+      word[__builtin_ctz(walk.left)] = values[i];
     }
   }
 };
@@ -175,7 +173,7 @@ template <typename Walk, typename T, typename A>
 PEFTKERN_INLINE void adamw_along(const Packed<T, A>& io, const Adamw<A>& by, int64_t begin,
                                  int64_t end) {
   alignas(64) T buffer[kBlock];
-  Walk walk = Walk::begin(io.places, begin);
+  Walk walk = Walk::begin(io.pattern, begin);
   for_each_block(io, by, begin, end, [&](int64_t e, int64_t count) {
     Walk::put(walk, as_weight(io.values + e, count, buffer), count, io.weight);
   });
@@ -185,7 +183,7 @@ template <typename T, typename A>
 void adamw(const Packed<T, A>& io, const Adamw<A>& by, int64_t begin, int64_t end) {
   if (begin == end) return;
   if (!io.weight) return for_each_block(io, by, begin, end, [](int64_t, int64_t) {});
-  if (io.places.bitmap) return adamw_along<Bitmap>(io, by, begin, end);
+  if (io.pattern.is_bitmap) return adamw_along<Bitmap>(io, by, begin, end);
   adamw_along<Csr>(io, by, begin, end);
 }
 

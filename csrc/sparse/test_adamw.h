@@ -17,11 +17,12 @@ struct Example {
   std::vector<uint32_t> bits = std::vector<uint32_t>(rows * words);
   std::vector<float> weight, values, grad, exp_avg, exp_avg_sq;
   std::vector<int32_t> born;
+  std::vector<int64_t> wide_row_start, wide_prefix;
 
   Example() : weight(numbers(rows * columns, 9)) {
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t c = 0; c < columns; ++c) {
-        if (c % kTileColumns == 0) prefix.push_back(static_cast<int32_t>(column.size()));
+        if (c % kTile == 0) prefix.push_back(static_cast<int32_t>(column.size()));
         if (row == 4 || (row % 5 ? c % 3 : c)) continue;  // row 4 is empty
         bits[row * words + c / 32] |= 1u << c % 32;
         column.push_back(static_cast<uint16_t>(c));
@@ -34,13 +35,21 @@ struct Example {
     exp_avg_sq = numbers(entries(), 5);
     for (float& square : exp_avg_sq) square *= square;
     for (int64_t e = 0; e < entries(); ++e) born.push_back(static_cast<int32_t>(e % 5));
+    wide_row_start.assign(row_start.begin(), row_start.end());
+    wide_prefix.assign(prefix.begin(), prefix.end());
   }
   int64_t entries() const { return static_cast<int64_t>(column.size()); }
-  Packed<float, float> io(bool bitmap) {
-    Places at{bitmap,        rows,  columns, entries(),  bitmap ? prefix.data() : row_start.data(),
-              column.data(), false, false,   bits.data()};
-    return {weight.data(),     values.data(), grad.data(), exp_avg.data(),
-            exp_avg_sq.data(), born.data(),   at};
+  Packed<float, float> io(bool bitmap, bool wide = false) {
+    const void* places = bitmap ? static_cast<const void*>(bits.data()) : column.data();
+    const void* positions = (bitmap ? prefix : row_start).data();
+    if (wide) positions = (bitmap ? wide_prefix : wide_row_start).data();
+    return {weight.data(),
+            values.data(),
+            grad.data(),
+            exp_avg.data(),
+            exp_avg_sq.data(),
+            born.data(),
+            {bitmap, rows, columns, entries(), places, positions, wide}};
   }
 };
 
@@ -94,7 +103,7 @@ void any_range_of_entries_makes_the_same_step() {
     for (int64_t size : {1, 7, 150}) {
       Example parts;
       for (int64_t e = 0; e < parts.entries(); e += size) {
-        optimizer_kernels().f32.adamw(parts.io(bitmap), rates.by, e,
+        optimizer_kernels().f32.adamw(parts.io(bitmap, size == 7), rates.by, e,
                                       std::min(e + size, parts.entries()));
       }
       EXPECT(parts.weight == whole.weight && parts.values == whole.values);
