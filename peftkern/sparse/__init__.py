@@ -1,5 +1,6 @@
 """Some entries of a weight train, and neither their gradient nor their optimiser is dense."""
 
+from peftkern.sparse.arithmetic import add_, scale_
 from peftkern.sparse.config import SparseConfig
 from peftkern.sparse.id3 import Id3AdamW
 from peftkern.sparse.layer import SparseConv2d, SparseLinear
@@ -21,10 +22,12 @@ __all__ = [
     "SparseConv2d",
     "SparseLinear",
     "TopGrad",
+    "add_",
     "conv2d",
     "gather",
     "import_sara",
     "linear",
+    "scale_",
     "scatter_",
     "sddmm",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -10,11 +11,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from peftkern import _inputs
+from peftkern.qlora.frozen import base_of
 from peftkern.sparse import swap
 from peftkern.sparse.linear import conv2d, exact, linear
 from peftkern.sparse.ops import sddmm
 from peftkern.sparse.pattern import Pattern
+from peftkern.sparse.select import as_rule
 from peftkern.sparse.state import SUFFIX, State, states
+from peftkern.sparse.support import attach
 
 
 class _Watched(torch.autograd.Function):
@@ -174,6 +178,30 @@ class SparseLinear(OfLinear, nn.Linear):
     """
 
     parent = nn.Linear
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, rule: Any, form: str = "value", **options: Any) -> Any:
+        """A layer in the place of a linear, whose weight and bias it shares.
+
+        Args:
+            linear: an `nn.Linear`, or one that is quantised, as `adapt` takes them.
+            rule, form: as in `SparseConfig`; masks and patterns by the name "weight".
+            options: of a base to quantise: `base`, `block_size`, `nested` and `quant_storage`.
+
+        Returns:
+            A `SparseLinear`, or of a quantised base a `SparseQuantizedLinear`.
+        """
+        from peftkern.sparse.config import SparseConfig  # which needs this module
+        from peftkern.sparse.quantized import SparseQuantizedLinear
+
+        config = SparseConfig(rule, form, **options)
+        base = base_of(linear)
+        if isinstance(base, Tensor) and config.base is None:
+            return _beside(linear, rule, form)
+        weight = base if isinstance(base, Tensor) else base.dequantize()
+        pattern = as_rule(rule).select({"weight": weight})["weight"]
+        return SparseQuantizedLinear.from_config(linear, config, pattern)
+
     parameters_read = ("bias", "weight")
     weight = swap.reader("weight")
     bias = swap.reader("bias")
@@ -187,9 +215,35 @@ class SparseConv2d(OfConv2d, nn.Conv2d):
     """
 
     parent = nn.Conv2d
+
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d, rule: Any, form: str = "value") -> SparseConv2d:
+        """A layer in the place of a convolution, whose weight and bias it shares.
+
+        Args:
+            conv: what it replaces.
+            rule, form: as in `SparseConfig`; masks and patterns by the name "weight".
+        """
+        return _beside(conv, rule, form)  # type: ignore[no-any-return]
+
     parameters_read = ("bias", "weight")
     weight = swap.reader("weight")
     bias = swap.reader("bias")
+
+
+def _beside(module: nn.Module, rule: Any, form: str) -> Any:
+    """A twin that shares the parameters, with a support."""
+    rule = as_rule(rule)
+    twin = copy.copy(module)
+    for held in ("_parameters", "_buffers", "_modules"):
+        vars(twin)[held] = dict(vars(module)[held])
+    weight = twin._parameters["weight"]
+    assert weight is not None
+    attach(twin, rule.select({"weight": weight}), form, rule.fields())
+    for parameter in (weight, twin._parameters["bias"]):
+        if parameter is not None:
+            parameter.requires_grad_(False)
+    return twin
 
 
 for _cls in (SparseLinear, SparseConv2d):

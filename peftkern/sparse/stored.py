@@ -86,7 +86,7 @@ def check(
         if stated != bases[name]:
             title = f"{module}.{name}".lstrip(".")
             raise ValueError(
-                f"{title} must be the base that the adapter was trained on, with hash {stated}, got "
+                f"{title} must be the base that the adapter belongs to, with hash {stated}, got "
                 f"one with {bases[name]}"
             )
 
