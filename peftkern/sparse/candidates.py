@@ -9,7 +9,7 @@ worst of the best `count` so far.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ _NONE = -1.0  # the score of what cannot be chosen
 
 def score(grad: Tensor, weight: Tensor, exponent: float, eps: float) -> Tensor:
     """In the gradient's dtype."""
-    return grad.abs() / (weight.to(grad.dtype).abs() + eps) ** exponent
+    return grad.abs().div_(weight.to(grad.dtype).abs().add_(eps).pow_(exponent))
 
 
 def _panels(
@@ -58,19 +58,17 @@ def _candidates(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     chosen = Pattern.of(pattern, layout)
     rows, columns = chosen.shape
-    weight, taken = weight.view(rows, columns), _rows_of(chosen)
+    weight, entries_of = weight.view(rows, columns), _entries_of_rows(chosen)
     best = _none(grad, count)
     for begin, slope in _panels(x, grad, rows, columns):
-        end = begin + len(slope)
-        scores = score(slope, weight[begin:end], exponent, eps)
-        scores.masked_fill_(taken(begin, end), _NONE)
+        scores = score(slope, weight[begin : begin + len(slope)], exponent, eps)
+        scores[entries_of(begin, begin + len(slope))] = _NONE
         flat = scores.flatten()
-        # The stable sort below looks at those alone that may be among the best.
-        least = torch.maximum(threshold.to(flat.dtype), best[0][-1])
-        if len(flat) > count:
-            usable = torch.where(flat.isnan(), _NONE, flat)
-            least = torch.maximum(least, usable.topk(count).values[-1])
-        places = (flat >= least.clamp(min=0)).nonzero().flatten()
+        least = torch.maximum(threshold.to(flat.dtype), best[0][-1]).clamp_(min=0)
+        places = (flat >= least).nonzero().flatten()  # of which a NaN is none
+        if len(places) > 4 * count:  # the first panels; a stable sort of all would take long
+            there = flat[places]
+            places = places[there >= there.topk(count).values[-1]]
         found = (flat[places], places + begin * columns, slope.flatten()[places])
         merged = [torch.cat(pair) for pair in zip(best, found, strict=True)]
         order = merged[0].argsort(descending=True, stable=True)[:count]
@@ -85,20 +83,18 @@ def _none(grad: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return scores, places, grad.new_zeros(count, dtype=sums)
 
 
-def _rows_of(pattern: Pattern):  # type: ignore[no-untyped-def]
-    """From a range of rows to their mask."""
+def _entries_of_rows(pattern: Pattern) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+    """From a range of rows to the places of their entries in it."""
     row_start, columns = pattern.csr().tensors
 
-    def mask(begin: int, end: int) -> Tensor:
+    def places(begin: int, end: int) -> tuple[Tensor, Tensor]:
         starts = row_start[begin : end + 1]
         first, last = int(starts[0]), int(starts[-1])
         row = torch.arange(end - begin, device=columns.device)
         row = row.repeat_interleave(starts.diff(), output_size=last - first)
-        found = torch.zeros(end - begin, pattern.shape[1], dtype=torch.bool, device=columns.device)
-        found[row, columns[first:last].long()] = True
-        return found
+        return row, columns[first:last].long()
 
-    return mask
+    return places
 
 
 # The best `count` entries outside the pattern of the gradient grad^T x, or of the gradient `grad`
