@@ -71,9 +71,9 @@ def conv2d_sddmm_kernel(
 ):
     """A tile of rows of one group and of columns, of one split of the outputs.
 
-    Floor: 2 inputs nnz-free operations for each element of the matrix, that is 2 inputs rows
-    columns; bytes of x and of grad read once (L2 holds them), of the pattern, and 4 for each entry
-    and split. Each element of x comes by itself, from an address of its own.
+    Floor: 2 inputs rows columns operations; bytes of x and of grad read once (L2 holds them), of
+    the pattern, and 4 for each entry and split. Each element of x comes by itself, from an address
+    of its own.
     """
     per_group = grad_shape[1] // window[8]
     tiles, across = tl.cdiv(per_group, BLOCK_I), tl.cdiv(columns, BLOCK_J)

@@ -12,7 +12,6 @@ from torch import Tensor
 from peftkern.kernels.common import narrow, widen
 from peftkern.kernels.sparse_tiles import (
     BLOCK_ROWS,
-    CHUNKS,
     Operand,
     next_chunk,
     open_rows,
@@ -23,7 +22,8 @@ from peftkern.sparse import fallback
 @triton.jit
 def place_of(row, column, columns, inner):
     """Where a weight has an element: `inner` is what lies between neighbours along the columns."""
-    return row.to(tl.int64)[:, None] * columns + column % inner * (columns // inner) + column // inner
+    along = column % inner * (columns // inner) + column // inner
+    return row.to(tl.int64)[:, None] * columns + along
 
 
 @triton.jit
@@ -41,8 +41,9 @@ def gather_kernel(
 ):
     """Floor: the sectors of the weight that entries lie in, the pattern, 4 bytes an entry."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    chunk = tl.program_id(1) * CHUNKS
     begin, end, first, last = open_rows(
-        first_ptr, second_ptr, row, rows, columns, 0, columns, CHUNKS, CSR, 0
+        first_ptr, second_ptr, row, rows, columns, 0, columns, chunk, CHUNKS, CSR, 0
     )
     for chunk in range(first, last):
         entry, column, there, begin = next_chunk(
@@ -67,8 +68,9 @@ def scatter_kernel(
 ):
     """Rounds to nearest. Floor: as gather's, but that sectors are read and written."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    chunk = tl.program_id(1) * CHUNKS
     begin, end, first, last = open_rows(
-        first_ptr, second_ptr, row, rows, columns, 0, columns, CHUNKS, CSR, 0
+        first_ptr, second_ptr, row, rows, columns, 0, columns, chunk, CHUNKS, CSR, 0
     )
     for chunk in range(first, last):
         entry, column, there, begin = next_chunk(
@@ -100,7 +102,7 @@ def _walk(kernel: triton.JITFunction, weight: Tensor, values: Tensor, operand: O
     if operand.nnz:
         kernel[operand.grid(operand.columns)](
             weight, values, *operand.arguments(), inner_of(weight),
-            CSR=operand.csr, BLOCK_ROWS=BLOCK_ROWS, CHUNKS=CHUNKS,
+            CSR=operand.csr, BLOCK_ROWS=BLOCK_ROWS, CHUNKS=operand.chunks,
         )  # fmt: skip
 
 

@@ -18,9 +18,7 @@ from peftkern.kernels.common import narrow, rows_of, widen
 from peftkern.kernels.qlora_panels import PANEL_BYTES, PANEL_STEP
 from peftkern.kernels.sparse_tiles import (
     BLOCK_ROWS,
-    CHUNKS,
     Operand,
-    find,
     next_chunk,
     open_rows,
 )
@@ -56,7 +54,7 @@ def few_kernel(
     from_x = x_ptr + tl.minimum(m, inputs - 1) * columns
     sum = tl.zeros((BLOCK_M, BLOCK_ROWS, 32), tl.float32)
     begin, end, first, last = open_rows(
-        first_ptr, second_ptr, row, rows, columns, 0, columns, columns, CSR, 0
+        first_ptr, second_ptr, row, rows, columns, 0, columns, 0, columns, CSR, 0
     )
     for chunk in range(first, last):
         entry, column, there, begin = next_chunk(
@@ -93,8 +91,9 @@ def dense_kernel(
     Floor: the bytes of the panel written, 4 an entry, and those of the pattern.
     """
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    chunk = tl.program_id(1) * CHUNKS
     begin, end, first, last = open_rows(
-        first_ptr, second_ptr, row, rows, columns, left, right, CHUNKS, CSR, STEPS
+        first_ptr, second_ptr, row, rows, columns, left, right, chunk, CHUNKS, CSR, STEPS
     )
     to = out_ptr + row.to(tl.int64)[:, None] * (right - left)
     for chunk in range(first, last):
@@ -159,9 +158,9 @@ def dense(values: Tensor, operand: Operand, dtype: torch.dtype, left: int, right
     if panel.numel() and operand.nnz:
         whole = right - left == operand.columns
         dense_kernel[operand.grid(right - left)](
-            values, operand.first, operand.second, panel, operand.rows, operand.columns, left, right,
-            CSR=operand.csr, STEPS=0 if whole else operand.steps, BLOCK_ROWS=BLOCK_ROWS,
-            CHUNKS=CHUNKS,
+            values, operand.first, operand.second, panel, operand.rows, operand.columns, left,
+            right, CSR=operand.csr, STEPS=0 if whole else operand.steps, BLOCK_ROWS=BLOCK_ROWS,
+            CHUNKS=operand.chunks,
         )  # fmt: skip
     return panel
 

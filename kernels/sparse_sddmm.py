@@ -76,7 +76,8 @@ def store_entries(
             more = tl.max(last, 0)
     else:
         word = column // 32 + tl.arange(0, BLOCK_J // 32)[None, :]
-        bits, first = words_at(first_ptr, second_ptr, row[:, None], word, rows, (columns + 31) // 32)
+        words = (columns + 31) // 32
+        bits, first = words_at(first_ptr, second_ptr, row[:, None], word, rows, words)
         there, entry = bits_of(bits, first)
         _put(out_ptr + entry, tl.reshape(sum, (BLOCK_I, BLOCK_J // 32, 32)), there, ADD)
 
@@ -168,6 +169,9 @@ def _product(
     x, grad = readable(x), readable(grad)
     inputs = len(x)
     tile = paths.tile("sddmm", x.device, x.dtype, operand.rows)
+    if operand.rows % 8 or operand.columns % 8:
+        # Rows that start anywhere are read one number at a time: few, or registers run out.
+        tile = tile._replace(inner=min(tile.inner, 16))
     programs = triton.cdiv(operand.rows, tile.rows) * triton.cdiv(operand.columns, tile.outputs)
     splits = paths.splits(tile, programs, inputs, x.device)
     parts = values if splits == 1 else values.new_empty(splits, operand.nnz)

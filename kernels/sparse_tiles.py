@@ -18,9 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 WORD, QUAD = tl.constexpr(32), tl.constexpr(4)  # columns of a word, words of a number of prefix
-# A program that goes along rows takes so many of them, and so many words of each at the most: of
-# csr, as many entries.
-BLOCK_ROWS, CHUNKS = 32, 16
+# A program that goes along rows takes so many of them, and of each so many chunks at the most.
+BLOCK_ROWS, CHUNKS, CSR_CHUNKS = 32, 16, 128
 
 
 @triton.jit
@@ -80,17 +79,16 @@ def row_span(row_start_ptr, row, rows):
 
 @triton.jit
 def open_rows(
-    first_ptr, second_ptr, row, rows, columns, left, right, chunks, CSR: tl.constexpr,
+    first_ptr, second_ptr, row, rows, columns, left, right, chunk, chunks, CSR: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
     """What a program walks through: these rows between columns [left, right), which are multiples
     of 128 or the end; without STEPS all columns.
 
-    A chunk is a word of bits or, of csr, 32 entries; a program has so many of each row. -> the
-    first entry of each row; of csr the one behind its last; and the program's chunks, from begin to
-    end.
+    A chunk is a word of bits or, of csr, 32 entries; a program has so many of each row, from this
+    one on. -> the first entry of each row; of csr the one behind its last; and the chunks, from
+    begin to end.
     """
-    chunk = tl.program_id(1) * chunks
     if CSR:
         begin, end = row_span(first_ptr, row, rows)
         if STEPS > 0:
@@ -120,7 +118,8 @@ def next_chunk(first_ptr, second_ptr, row, rows, columns, chunk, begin, end, CSR
         words = (columns + WORD - 1) // WORD
         word = tl.load(first_ptr + row.to(tl.int64) * words + chunk, mask=row < rows, other=0)
         there, entry = bits_of(word, begin)
-        return entry, tl.broadcast_to(lane + chunk * WORD, entry.shape), there, begin + popcount(word)
+        column = tl.broadcast_to(lane + chunk * WORD, entry.shape)
+        return entry, column, there, begin + popcount(word)
 
 
 class Operand(NamedTuple):
@@ -147,13 +146,17 @@ class Operand(NamedTuple):
     def arguments(self) -> tuple[Any, ...]:
         return self.first, self.second, self.rows, self.columns
 
+    @property
+    def chunks(self) -> int:
+        """That a program walks through: most rows of a csr have few, and one program for all."""
+        return CSR_CHUNKS if self.csr else CHUNKS
+
     def grid(self, columns: int) -> tuple[int, int]:
-        """Programs that walk through so many columns: BLOCK_ROWS rows, CHUNKS chunks of each."""
-        return triton.cdiv(self.rows, BLOCK_ROWS), triton.cdiv(columns, 32 * CHUNKS)
+        """Programs that walk through so many columns: BLOCK_ROWS rows, and chunks of each."""
+        return triton.cdiv(self.rows, BLOCK_ROWS), triton.cdiv(columns, 32 * self.chunks)
 
     def part(self, begin: int, end: int) -> Operand:
         """These rows alone; entries keep their numbers."""
         first = self.first[begin : end + self.csr]
-        return self._replace(
-            first=first, second=self.second if self.csr else self.second[begin:end], rows=end - begin
-        )
+        second = self.second if self.csr else self.second[begin:end]
+        return self._replace(first=first, second=second, rows=end - begin)

@@ -152,7 +152,8 @@ def sparse_operand(kind, size=SIZE):
 
 def sddmm(kind, rows, dtype=torch.bfloat16, size=SIZE):
     x, grad = (tensor(rows, size, dtype=dtype) for _ in range(2))
-    sparse.sddmm_(tensor(sparse_operand(kind, size)[1][3]), x, grad, *sparse_operand(kind, size), 1.0)
+    pattern, layout = sparse_operand(kind, size)
+    sparse.sddmm_(tensor(layout[3]), x, grad, pattern, layout, 1.0)
 
 
 def convolved(kind, last=True, channels=320):
@@ -161,8 +162,8 @@ def convolved(kind, last=True, channels=320):
     shape = (4, channels, 64, 64)
     x, grad = (tensor(*shape, dtype=torch.bfloat16).to(memory_format=layout) for _ in range(2))
     pattern, _ = sparse_operand(kind)
-    window = [3, 3, 1, 1, 1, 1, 1, 1, 1]
-    sparse.conv2d_sddmm(x, grad, pattern, [int(kind == "bitmap"), channels, 9 * channels, 10**5], window, 1.0)
+    shape = [int(kind == "bitmap"), channels, 9 * channels, 10**5]
+    sparse.conv2d_sddmm(x, grad, pattern, shape, [3, 3, 1, 1, 1, 1, 1, 1, 1], 1.0)
 
 
 def separate(kind):
