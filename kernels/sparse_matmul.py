@@ -153,7 +153,7 @@ def few(
 
 def dense(values: Tensor, operand: Operand, dtype: torch.dtype, left: int, right: int) -> Tensor:
     """S[:, left:right], in this dtype; left is a multiple of PANEL_STEP."""
-    new = values.new_zeros if operand.csr else values.new_empty
+    new = values.new_zeros if operand.csr or operand.nnz == 0 else values.new_empty
     panel = new(operand.rows, right - left, dtype=dtype)
     if panel.numel() and operand.nnz:
         whole = right - left == operand.columns
