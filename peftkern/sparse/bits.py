@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from peftkern import _native
+
 WORD, TILE = 32, 128  # columns of a word, and of one entry of the prefix
 _PART = 2**17  # elements that are unpacked at a time, which a cache holds
 
@@ -57,7 +59,7 @@ def unpacked(bits: Tensor, columns: int) -> Iterator[tuple[slice, Tensor]]:
         yield part, unpack(bits[part], columns)
 
 
-def tile_counts(bits: Tensor) -> Tensor:
+def _tile_counts(bits: Tensor) -> Tensor:
     """int32 `[rows, tiles]`: the entries of each tile."""
     rows, width = bits.shape
     count = -(-width * WORD // TILE)
@@ -85,13 +87,17 @@ def row_starts(counts: Tensor, nnz: int) -> Tensor:
 def csr_of(bits: Tensor, columns: int, counts: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
     """-> row_start and columns; `counts` are those of the tiles."""
     starts = row_starts(counts.sum(1), nnz)
-    found = torch.empty(nnz, dtype=column_dtype(columns), device=bits.device)
+    return starts, _columns_op(bits, starts, columns, nnz)
+
+
+def _columns(bits: Tensor, row_start: Tensor, width: int, nnz: int) -> Tensor:
+    found = torch.empty(nnz, dtype=column_dtype(width), device=bits.device)
     begin = 0
-    for _, mask in unpacked(bits, columns):
+    for _, mask in unpacked(bits, width):
         here = mask.nonzero()[:, 1]
         found[begin : begin + len(here)] = here.to(found.dtype)
         begin += len(here)
-    return starts, found
+    return found
 
 
 def bits_of(row_start: Tensor, columns: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -136,3 +142,16 @@ def _popcount(bits: Tensor) -> Tensor:
     sums = (sums + (sums >> 4)) & 0x0F0F0F0F
     sums = sums + (sums >> 8)
     return (sums + (sums >> 16)) & 0x3F
+
+
+tile_counts = _native.define(
+    "sparse_tile_counts(Tensor bits) -> Tensor",
+    lambda bits: bits.new_empty(bits.shape[0], -(-bits.shape[1] * WORD // TILE)),
+    _tile_counts,
+)
+# The column of each bit that is set, where a row's begin at its row_start; `nnz` bits are.
+_columns_op = _native.define(
+    "sparse_columns(Tensor bits, Tensor row_start, int width, int nnz) -> Tensor",
+    lambda bits, row_start, width, nnz: bits.new_empty(nnz, dtype=column_dtype(width)),
+    _columns,
+)
