@@ -166,6 +166,21 @@ def convolved(kind, last=True, channels=320):
     sparse.conv2d_sddmm(x, grad, pattern, shape, [3, 3, 1, 1, 1, 1, 1, 1, 1], 1.0)
 
 
+def adamw(kind):
+    """A step of a few tensors in bfloat16; without a kind, of values that go nowhere."""
+    operands = [sparse_operand(kind or "csr", size) for size in (SIZE, SIZE // 4, 320)]
+    packed = [[tensor(layout[3]) for _, layout in operands] for _ in range(4)]
+    weights = [tensor(n, n, dtype=torch.bfloat16) for _, (_, n, _, _) in operands]
+    patterns = [
+        [t for each, _ in operands for t in each],
+        [n for _, each in operands for n in each],
+    ]
+    sparse.adamw_(
+        weights if kind else [], *packed, [], *(patterns if kind else ([], [])),
+        7, 1e-3, 0.9, 0.999, 1e-8, 1e-2,
+    )  # fmt: skip
+
+
 def separate(kind):
     """The rest of what a sparse matrix takes part in."""
     operand = sparse_operand(kind)
@@ -196,6 +211,7 @@ CASES = {
     "sampled by a bitmap": lambda: sddmm("bitmap", MANY),
     "sampled by csr": lambda: sddmm("csr", MANY),
     "sampled of a convolution": lambda: convolved("csr"),
+    "packed AdamW": lambda: adamw("csr"),
     "sparse, a bitmap": lambda: separate("bitmap"),
     "sparse, csr": lambda: separate("csr"),
 }
@@ -215,6 +231,8 @@ RARE_CASES = {
     "packed, 4 bits": lambda: packed(FEW, 4),
     "packed, float32": lambda: packed(FEW, dtype=torch.float32),
     "packed, uneven": lambda: packed(FEW, size=1001),
+    "packed AdamW, a bitmap": lambda: adamw("bitmap"),
+    "packed AdamW, no weights": lambda: adamw(None),
     "sampled, float32": lambda: sddmm("bitmap", MANY, torch.float32),
     "sampled, uneven": lambda: sddmm("csr", FEW, size=1001),
 }
