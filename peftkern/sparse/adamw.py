@@ -74,3 +74,4 @@ step_op = _native.define(
     lambda *_: None,
     fallback,
 )
+_native.register_triton("sparse", "adamw_")

@@ -65,6 +65,8 @@ conv2d_sddmm_op = _native.define(
     lambda x, grad, pattern, layout, *rest: _fake_values(x, layout),
     fallback.conv2d_sddmm,
 )
+for _verb in ("sddmm", "sddmm_", "gather", "scatter_", "matmul", "matmul_t", "conv2d_sddmm"):
+    _native.register_triton("sparse", _verb)
 
 
 def sddmm(
