@@ -16,7 +16,7 @@ from peftkern.sparse.config import SparseConfig
 from peftkern.sparse.described import Described
 from peftkern.sparse.pattern import Pattern
 from peftkern.sparse.placing import none_of
-from peftkern.sparse.state import common, union
+from peftkern.sparse.state import common, take, union
 from peftkern.sparse.support import Support, attach, supports
 
 
@@ -71,7 +71,7 @@ def add_(model: nn.Module, path: str | os.PathLike[str], factor: float = 1.0) ->
         pattern, values = pattern.to(support.values.device), values.to(support.values.device)
         support.replace(union(support.state.origin, pattern))
         _, places = common(pattern, support.pattern)
-        change = values - _start(support)[places] if form == "value" else values
+        change = values - _base(support)[places] if form == "value" else values
         support.values[places] += factor * change
         support.write()
 
@@ -96,6 +96,13 @@ def _start(support: Support) -> Tensor:
     if state.base is None:
         return torch.zeros_like(values)
     return state.base.to(values.dtype)
+
+
+def _base(support: Support) -> Tensor:
+    """What the weight was before any training; the pattern is all of the origin."""
+    if support.form == "value":
+        return _start(support)
+    return take(support.weight, support.pattern).to(support.values.dtype)
 
 
 def _read(model: nn.Module, path: Path) -> dict[str, tuple[Pattern, Tensor, str]]:

@@ -65,7 +65,8 @@ class Described(_family.InPlace):
     def fields(self) -> dict[str, Any]:
         held = states(self)
         first = next(iter(held.values()))
-        return {"form": first.form, "parameters": sorted(held), "rule": first.rule}
+        names = [name for name in self._parameters if name in held]
+        return {"form": first.form, "parameters": names, "rule": first.rule}
 
     def base_hash(self) -> dict[str, str] | None:
         return {n: stored.base_hash(weight, state) for n, state, weight, _ in self.held()} or None
@@ -76,7 +77,8 @@ class Described(_family.InPlace):
 
     def misfit(self, config: _family.Config) -> str | None:
         want, have = config.fields(), self.fields()
-        other = [n for n in ("form", "parameters") if want[n] != have[n]]
+        same = {"form": str, "parameters": set}  # whatever the order of the latter
+        other = [n for n, kind in same.items() if kind(want[n]) != kind(have[n])]
         return ", ".join(f"{n} {want[n]!r}, not {have[n]!r}" for n in other) or None
 
     def take(self, config: _family.Config) -> None:

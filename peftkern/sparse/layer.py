@@ -144,7 +144,11 @@ class _Transposed(torch.autograd.Function):
             grad_values = sddmm(grad, x, ctx.pattern).to(ctx.dtype)
         if bias_trains:
             wide = torch.promote_types(grad.dtype, torch.float32)
-            grad_bias = grad.sum(tuple(range(grad.dim() - 1)), dtype=wide).to(ctx.bias_dtype)
+            grad_bias = (
+                (grad.flatten(0, -2) if grad.dim() > 1 else grad[None])
+                .sum(0, dtype=wide)
+                .to(ctx.bias_dtype)
+            )
         return grad_x, None, grad_values, None, grad_bias
 
 

@@ -67,7 +67,11 @@ class _Linear(torch.autograd.Function):
             grad_values = sddmm_op(*flat, pattern, layout, scale).to(ctx.values_dtype)
         if ctx.needs_input_grad[2]:
             sums = torch.promote_types(grad.dtype, torch.float32)
-            grad_bias = grad.sum(tuple(range(grad.dim() - 1)), dtype=sums).to(ctx.bias_dtype)
+            grad_bias = (
+                (grad.flatten(0, -2) if grad.dim() > 1 else grad[None])
+                .sum(0, dtype=sums)
+                .to(ctx.bias_dtype)
+            )
         return grad_x, grad_values, grad_bias, None, None
 
 

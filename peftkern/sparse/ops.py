@@ -140,6 +140,8 @@ def scatter_(weight: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
         scatter_op(target, values.to(sums).contiguous(), *pattern.operand())
         if target is not weight:
             weight.copy_(target)
+        elif not (torch.compiler.is_compiling() or weight.is_inference()):
+            torch.autograd.graph.increment_version(weight)  # no graph may use what it was
     return weight
 
 

@@ -41,6 +41,7 @@ class SparseQuantizedLinear(Product, LinearAdapter):
     merged = LinearAdapter.merged
     format, mergeable = LinearAdapter.format, LinearAdapter.mergeable
     merge_obstacle = LinearAdapter.merge_obstacle
+    __reduce_ex__ = object.__reduce_ex__  # type: ignore[assignment]  # pickle finds this class by its name
 
     def __init__(
         self,

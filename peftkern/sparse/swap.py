@@ -36,7 +36,8 @@ class _Written(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        grad = grad.to_dense() if grad.layout != torch.strided else grad
+        if not torch.compiler.is_compiling() and grad.is_sparse:  # of an embedding
+            grad = grad.to_dense()
         if ctx.watcher is not None:
             ctx.watcher.dense(grad)
         return take(grad, ctx.pattern).to(ctx.dtype), None, None
