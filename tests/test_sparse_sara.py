@@ -170,6 +170,34 @@ def test_clipping_sees_the_packed_gradient():
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-10, atol=1e-10)
 
 
+def test_the_scale_of_a_loss_is_taken_out_again():
+    model, other = zoo(torch.float64), zoo(torch.float64)
+    train(model, SaraAdamW(model, THRESHOLD, lr=1e-2))
+    optimizer = SaraAdamW(other, THRESHOLD, lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for batch in batches():
+        scaler.scale(loss_of(other, batch)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert_equal(dense(other), dense(model))
+
+
+def test_a_closure_is_called_with_gradients_on():
+    model = one_row()
+    optimizer = SaraAdamW(model, threshold=2e-3)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 6)).sum()
+        loss.backward()
+        return loss
+
+    before = model(torch.ones(2, 6)).sum().item()
+    assert optimizer.step(closure).item() == before
+    assert model(torch.ones(2, 6)).sum().item() < before
+
+
 def test_tied_weights_sum_both_gradients():
     """Published, one of the two got a copy of its own whose gradient went nowhere."""
     model = zoo(torch.float64, tied=True)
