@@ -13,6 +13,7 @@ from peftkern.bench import model as model_bench
 from peftkern.bench import onebit as onebit_bench
 from peftkern.bench import qlora as qlora_bench
 from peftkern.bench import sparse_adamw as adamw_bench
+from peftkern.bench import sparse_id3 as id3_bench
 from peftkern.bench import sparse_select as select_bench
 from peftkern.bench.layers import Case
 
@@ -126,10 +127,12 @@ def test_every_contender_of_selection_is_right(
     assert found and not bad, bad
 
 
-def test_every_contender_of_the_packed_step_is_right(
+def test_every_contender_of_the_sparse_optimisers_is_right(
     brief: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adamw_bench, "QUICK_SIZE", 60)
-    found = outcome(adamw_bench.rows(quick=True))
+    for name, size in {"SIZE": 48, "TOKENS": 8, "COUNT": 20}.items():
+        monkeypatch.setattr(id3_bench, name, size)
+    found = outcome([*adamw_bench.rows(quick=True), *id3_bench.rows(quick=True)])
     bad = {key: said for key, said in found.items() if said.startswith(("wrong", "failed"))}
     assert found and not bad, bad
