@@ -3,7 +3,7 @@
 How a family hooks in:
 
 1. Its config is a frozen dataclass and a `Config`. `targets` finds the places that it names. There
-   are two kinds of place, and a config builds for each what stands there:
+   are three kinds of place, and a config builds for each what stands there:
    - `qlora.placing.LinearTarget`: a linear gives way to a layer that holds its weight. The config
      derives from `LinearConfig`, the layer from `LinearAdapter`: qlora has both. A layer whose
      term is linear in x gets merging by its `merged_rows`.
@@ -11,6 +11,8 @@ How a family hooks in:
      stays, and gets a child that adds to its output, from its own input or from that of an earlier
      module. So all names of the model stay. The config derives from `AttachedConfig`, the child
      from `AttachedAdapter`: bottleneck has both.
+   - `sparse.placing.SparseTarget`: a module stays as well, and its own parameters train, in part. A
+     subclass of its class, which is an `InPlace`, tells what they are.
 2. Its layer is an `Adapter`. What is asked of it has an answer here, for a layer of parameters that
    belongs to no file of peft's and cannot be merged; it overrides what it answers otherwise.
 3. `_own.CONFIGS` knows the config by its `method`, so that files are read.

@@ -41,6 +41,10 @@ def merge(
     Merged, `state_dict` is that of the plain model with merged weights, `save_adapter` saves the
     adapter as ever, and training and loading are refused.
 
+    Adapters that train a model's own weights are there already: of their form "value" nothing is
+    computed and nothing stored, of "delta" a sum on the entries that trained. `unmerge` puts back
+    what the weights were before; what they have learned is written again by the next forward.
+
     With `unload` (peft's `merge_and_unload`) nothing stays but the merged weights: a plain
     `nn.Linear` stands where each layer was, or a frozen linear of the packed bytes. There is no way
     back, and no more than one weight is ever there twice; for that each is computed twice, the

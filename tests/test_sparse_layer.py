@@ -133,11 +133,13 @@ def test_of_sixteen_bits_the_values_stay_wide_and_the_weight_is_their_rounding()
 def test_casting_a_model_leaves_its_values_wide():
     model = zoo()
     attach(model, chosen(model))
+    loss_of(model, BATCHES[0]).backward()
     values = [s.values.detach().clone() for s in supports(model)]
     model.bfloat16()
     for support, before in zip(supports(model), values, strict=True):
         assert support.weight.dtype == support.state.base.dtype == torch.bfloat16
         assert torch.equal(support.values, before)
+        assert support.values.grad.dtype == torch.float32
 
 
 def test_the_dense_gradient_of_a_linear_never_exists():
@@ -373,3 +375,16 @@ def test_attaching_refuses(model, selection, form, words):
         attach(model, selection, form)
     assert [(name, id(m), type(m)) for name, m in model.named_modules()] == before
     assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_replaced_entries_of_sixteen_bits_keep_what_their_weight_rounds_away():
+    linear = nn.Linear(8, 6).bfloat16()
+    (support,) = attach(linear, {"weight": Pattern.from_mask(torch.eye(6, 8).bool())})
+    with torch.no_grad():
+        support.values.mul_(1.0001)
+    kept = support.values.detach()[:2].clone()
+    mask = torch.zeros(6, 8, dtype=torch.bool)
+    mask[:2] = True
+    support.replace(Pattern.from_mask(mask))
+    assert torch.equal(support.values.detach()[[0, 9]], kept)
+    assert not torch.equal(kept, kept.bfloat16().float())

@@ -77,10 +77,11 @@ class Sparse(Described):
     def _apply(self: Self, fn: Any, recurse: bool = True) -> Self:
         """Values keep their dtype, patterns and what the weight held before follow it."""
         values = [self._parameters[name + SUFFIX] for name in states(self)]
+        held = [*values, *(v.grad for v in values if v is not None)]
 
         def wide(tensor: Tensor) -> Tensor:
             moved: Tensor = fn(tensor)
-            kept = moved.dtype != tensor.dtype and any(tensor is v for v in values)
+            kept = moved.dtype != tensor.dtype and any(tensor is one for one in held)
             return tensor.to(moved.device) if kept else moved
 
         super()._apply(wide, recurse)  # type: ignore[no-untyped-call]
