@@ -215,10 +215,11 @@ def test_fresh_heads_train_whole_at_the_budgets_cost():
     assert (model.head.weight != before).all()
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("budget", [1, 3, 1000])
-def test_the_budget_is_met_and_never_exceeded(budget):
+def test_the_budget_is_met_and_never_exceeded(budget, tied):
     """And who is in stays in."""
-    model = zoo()
+    model = zoo(tied=tied)
     optimizer = Id3AdamW(model, budget, 4)
     before = [s.pattern.mask() for s in optimizer.supports]
     for batch in batches(6):
@@ -282,6 +283,18 @@ def test_a_resumed_run_has_the_same_bits(saved, model_first, tmp_path):
         assert not state or state["born"].dtype == found["born"].dtype == torch.int32
         for key, value in state.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(found[key])), key
+
+
+def test_a_smaller_budget_takes_a_larger_state_and_lets_nobody_in():
+    model = zoo()
+    optimizer = Id3AdamW(model, 100, 2)
+    train(model, optimizer)
+    other = zoo()
+    resumed = Id3AdamW(other, 60, 9)
+    resumed.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(model.state_dict())
+    train(other, resumed)
+    assert resumed.selected == 100
 
 
 def test_a_copy_of_the_model_tells_nobody(tmp_path):

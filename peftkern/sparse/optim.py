@@ -20,6 +20,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class _Call(NamedTuple):
     """What tensors must have in common for one call of the op."""
 
+    device: torch.device
     step: int
     writes: bool
     has_born: bool
@@ -72,7 +73,8 @@ class PackedAdamW(torch.optim.Optimizer):
             state["step"] += 1
             # A convolution in channels_last is no matrix in memory.
             writes = support.weight.is_contiguous()
-            calls[_Call(state["step"], writes, "born" in state)].append(support)
+            call = _Call(values.device, state["step"], writes, "born" in state)
+            calls[call].append(support)
         for call, found in calls.items():
             self._call(call, found, group)
 
