@@ -9,6 +9,7 @@ from sparse_models import assert_equal, batches, dense, loss_of, masked_training
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import peftkern
 from peftkern.sparse import SaraAdamW
 
 THRESHOLD = 0.1
@@ -292,6 +293,17 @@ def assert_states(mine, its):
     for key, value in mine.items():
         equal = torch.equal(value, its[key]) if torch.is_tensor(value) else value == its[key]
         assert equal, key
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_an_adapter_holds_all_that_was_learned(stages, tmp_path):
+    """That of entries which train no longer, too."""
+    model, base = zoo(), zoo()
+    optimizer = SaraAdamW(model, THRESHOLD, lr=1e-2, progressive_iter=2 if stages == 2 else None)
+    train(model, optimizer)
+    peftkern.save_adapter(model, tmp_path / "adapter")
+    peftkern.load_adapter(base, tmp_path / "adapter")
+    assert_equal(dense(base), dense(model))
 
 
 def test_a_graph_from_before_the_step_refuses_to_go_backward():
