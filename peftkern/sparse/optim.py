@@ -30,15 +30,11 @@ class PackedAdamW(torch.optim.Optimizer):
     """AdamW whose parameters are the values of supports; what its subclasses share.
 
     Args:
-        supports: what trains.
-        defaults: lr, betas, eps and weight_decay.
-
-    Raises:
-        ValueError: a rate that is out of its range, or no support.
+        supports: what trains; one at least.
+        defaults: lr, betas, eps and weight_decay, as `check_rates` lets them pass.
     """
 
     def __init__(self, supports: Sequence[Support], defaults: dict[str, Any]) -> None:
-        check_rates(**defaults)
         self.supports = list(supports)
         self.steps = 0
         super().__init__([support.values for support in supports], defaults)
