@@ -71,7 +71,7 @@ class SaraAdamW(PackedAdamW):
             "weight_decay": weight_decay,
         }
         check_rates(**defaults)
-        supports = attach(model, selection, "value")
+        supports = attach(model, selection, "value", AbsThreshold(threshold).fields())
         for parameter in parameters.values():
             parameter.requires_grad_(False)
         super().__init__(supports, defaults)
