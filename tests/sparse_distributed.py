@@ -16,9 +16,8 @@ def part(batch, rank, count):
 
 
 def sara(rank, count, clip=0.05):
-    """Reselects after two of five steps; -> the weights, and how many entries were left."""
+    """Reselects after two of five steps, when some values are past the threshold; -> weights."""
     model = zoo(torch.float64)
-    # So small a threshold that steps of 0.01 leave many behind.
     optimizer = SaraAdamW(model, 0.1, lr=1e-2, progressive_iter=2)
     wrapped = DistributedDataParallel(model) if count > 1 else model
     for batch in STEPS:
@@ -30,7 +29,7 @@ def sara(rank, count, clip=0.05):
 
 
 def id3(rank, count, alike):
-    """Every process with the same batches, or with a part of each; -> weights and patterns."""
+    """With the same batches in every process, or a part of each; -> weights and patterns."""
     model = zoo(torch.float64)
     optimizer = Id3AdamW(model, 103, 4, lr=1e-2)
     for batch in STEPS:
@@ -39,3 +38,7 @@ def id3(rank, count, alike):
         optimizer.zero_grad()
         assert optimizer.selected <= 103
     return dense(model), [(s.name, s.pattern.nnz, s.pattern.hash) for s in optimizer.supports]
+
+
+def everything(rank, count):
+    return sara(rank, count), id3(rank, count, alike=False), id3(rank, count, alike=True)

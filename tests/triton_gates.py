@@ -10,8 +10,10 @@ would fail here.
 
 import json
 import re
+import struct
 import subprocess
 import tempfile
+from bisect import bisect_left
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -26,7 +28,8 @@ from peftkern.bench import sass
 from peftkern.kernels import bottleneck, onebit, qlora, qlora_backward, qlora_paths, sparse
 
 ARCHITECTURES = {"sm80": 80, "sm90": 90, "sm100": 100}
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+NAMES = {"sm80": "SM80", "sm90": "SM90a", "sm100": "SM100a"}  # of nvdisasm
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8",
     torch.int8: "i8", torch.uint16: "u16", torch.int32: "i32", torch.int64: "i64",
@@ -274,17 +277,47 @@ def source(kernel, args, kwargs):
     return ASTSource(kernel, signature, constants, attributes), switches, options
 
 
-def facts(compiled):
+def shown(tool, *arguments, data):
+    """What one of the tools says of these bytes."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        command = [TOOLS / tool, *arguments, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def text_of(cubin):
+    """The code alone, of the one kernel that there is: a section of an ELF file."""
+    (headers,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    found = [struct.unpack_from("<IIQQQQ", cubin, headers + i * size) for i in range(count)]
+    (code,) = (
+        cubin[offset : offset + length]
+        for name, *_, offset, length in found
+        if cubin.startswith(b".text.", found[names][4] + name)
+    )
+    return code
+
+
+def listings(cubins, architecture):
+    """The instructions of each kernel. All are disassembled at once, since each call of the tool
+    takes a quarter of a second, however little it is given."""
+    codes = [text_of(cubin) for cubin in cubins]
+    text = shown("nvdisasm", "-b", NAMES[architecture], data=b"".join(codes))
+    found = sass.listing(text)
+    addresses = [address for address, _ in found]
+    begin = end = 0
+    for code in codes:
+        begin, end = end, end + len(code)
+        yield found[bisect_left(addresses, begin) : bisect_left(addresses, end)]
+
+
+def facts(compiled, code):
     """Registers, bytes of stack and of shared memory, how often each instruction is there; how many
     a turn of the main loop has, or all of a kernel without one, and how many lanes share it.
     """
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [CUOBJDUMP, "-sass", "-res-usage", file.name]
-        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", shown))
-    code = sass.listing(shown)
+    usage = shown("cuobjdump", "-res-usage", data=compiled.asm["cubin"])
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
     names = Counter(re.match(r"[\w.]+", text)[0] for _, text in code)
     return {
         "registers": int(usage["REG"]),
@@ -331,19 +364,30 @@ def variants():
     return {case: sorted(kernels) for case, kernels in found.items()}
 
 
+def records(architecture, capability):
+    """What every launch of every case comes to on such a GPU."""
+    found, compiled = [], {}
+    for case, kernel, args, kwargs in launches(
+        architecture, CASES | (RARE_CASES if architecture == RARE else {})
+    ):
+        src, switches, options = source(kernel, args, kwargs)
+        key = (src.hash(), str(options))
+        if key not in compiled:
+            target = GPUTarget("cuda", capability, 32)
+            compiled[key] = triton.compile(src, target=target, options=options)
+        names = {"architecture": architecture, "case": case, "kernel": kernel.__name__}
+        found.append((key, names | {"switches": switches}))
+    codes = listings([kernel.asm["cubin"] for kernel in compiled.values()], architecture)
+    made = {
+        key: facts(kernel, code)
+        for (key, kernel), code in zip(compiled.items(), codes, strict=True)
+    }
+    return [record | made[key] for key, record in found]
+
+
 def main():
-    records, compiled = [], {}
-    for architecture, capability in ARCHITECTURES.items():
-        cases = CASES | (RARE_CASES if architecture == RARE else {})
-        for case, kernel, args, kwargs in launches(architecture, cases):
-            src, switches, options = source(kernel, args, kwargs)
-            key = (architecture, src.hash(), str(options))
-            if key not in compiled:
-                target = GPUTarget("cuda", capability, 32)
-                compiled[key] = facts(triton.compile(src, target=target, options=options))
-            names = {"architecture": architecture, "case": case, "kernel": kernel.__name__}
-            records.append({**names, "switches": switches, **compiled[key]})
-    print(json.dumps({"records": records, "variants": variants()}))
+    each = [record for names in ARCHITECTURES.items() for record in records(*names)]
+    print(json.dumps({"records": each, "variants": variants()}))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from peftkern.sparse.support import Support, attach
 
 
 def admitted(step: int, budget: int, max_steps: int) -> int:
-    """How many entries step 1, 2, ... lets in: `budget` by `max_steps`, the odd ones first."""
+    """How many entries a step from 1 on lets in: `budget` by `max_steps`, the odd ones first."""
     if step > max_steps:
         return 0
     return budget // max_steps + (step <= budget % max_steps)
@@ -95,7 +95,7 @@ class Id3AdamW(PackedAdamW):
     def _next(self) -> int:
         """How many the next step lets in."""
         count = admitted(self.steps + 1, self._growth, self.max_steps)
-        return min(count, self.budget - self.selected)
+        return max(0, min(count, self.budget - self.selected))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

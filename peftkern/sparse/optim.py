@@ -20,6 +20,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class _Call(NamedTuple):
     """What tensors must have in common for one call of the op."""
 
+    device: torch.device
     step: int
     writes: bool
     has_born: bool
@@ -29,15 +30,11 @@ class PackedAdamW(torch.optim.Optimizer):
     """AdamW whose parameters are the values of supports; what its subclasses share.
 
     Args:
-        supports: what trains.
-        defaults: lr, betas, eps and weight_decay.
-
-    Raises:
-        ValueError: a rate that is out of its range, or no support.
+        supports: what trains; one at least.
+        defaults: lr, betas, eps and weight_decay, as `check_rates` lets them pass.
     """
 
     def __init__(self, supports: Sequence[Support], defaults: dict[str, Any]) -> None:
-        check_rates(**defaults)
         self.supports = list(supports)
         self.steps = 0
         super().__init__([support.values for support in supports], defaults)
@@ -72,7 +69,8 @@ class PackedAdamW(torch.optim.Optimizer):
             state["step"] += 1
             # A convolution in channels_last is no matrix in memory.
             writes = support.weight.is_contiguous()
-            calls[_Call(state["step"], writes, "born" in state)].append(support)
+            call = _Call(values.device, state["step"], writes, "born" in state)
+            calls[call].append(support)
         for call, found in calls.items():
             self._call(call, found, group)
 
