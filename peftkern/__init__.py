@@ -1,6 +1,6 @@
 """Fused kernels for parameter-efficient fine-tuning."""
 
-from peftkern import bottleneck, onebit, qlora
+from peftkern import bottleneck, onebit, qlora, sparse
 from peftkern.adapt import Skipped, adapt, trainable_parameters
 from peftkern.bottleneck import BottleneckAdapter, BottleneckConfig, MamConfig, PrefixConfig
 from peftkern.corda import corda
@@ -12,6 +12,7 @@ from peftkern.onebit import OneBitConfig
 from peftkern.optimize import optimize, register, restore
 from peftkern.qlora import LoraConfig, QLoRALinear
 from peftkern.report import Report, Row, report
+from peftkern.sparse import SparseConfig
 
 __all__ = [
     "BottleneckAdapter",
@@ -25,6 +26,7 @@ __all__ = [
     "Report",
     "Row",
     "Skipped",
+    "SparseConfig",
     "adapt",
     "adapter_state_dict",
     "bottleneck",
@@ -40,6 +42,7 @@ __all__ = [
     "report",
     "restore",
     "save_adapter",
+    "sparse",
     "trainable_parameters",
     "unmerge",
 ]

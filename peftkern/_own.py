@@ -15,17 +15,21 @@ from peftkern._folder import CONFIG, TENSORS
 from peftkern.bottleneck import BottleneckConfig, PrefixConfig
 from peftkern.onebit import OneBitConfig
 from peftkern.qlora import LoraConfig
+from peftkern.sparse import SparseConfig
 
 PEFT_TYPE, VERSION = "PEFTKERN", 1
 CONFIGS: dict[str, type[Config]] = {
-    c.method: c for c in (LoraConfig, BottleneckConfig, PrefixConfig, OneBitConfig)
+    c.method: c for c in (LoraConfig, BottleneckConfig, PrefixConfig, OneBitConfig, SparseConfig)
 }
 # Of parts that are not float, by their last word.
-_DTYPES = {"bits": [torch.uint8], "num_batches_tracked": [torch.int64]}
+_DTYPES = {
+    "bits": [torch.uint8], "num_batches_tracked": [torch.int64],
+    "columns": [torch.uint16, torch.int32], "row_start": [torch.int32, torch.int64],
+}  # fmt: skip
 
 
 def key(name: str, part: str) -> str:
-    return f"{name}.{part}"
+    return f"{name}.{part}" if name else part
 
 
 def to_file(
@@ -36,7 +40,10 @@ def to_file(
     for name, layer in layers.items():
         entry = {"method": layer.method, "config": layer.fields()}
         groups.setdefault(json.dumps(entry, sort_keys=True), {**entry, "modules": []})
-        groups[json.dumps(entry, sort_keys=True)]["modules"].append(name)
+        group = groups[json.dumps(entry, sort_keys=True)]
+        group["modules"].append(name)
+        if (base_hash := layer.base_hash()) is not None:
+            group.setdefault("bases", {})[name] = base_hash
     return {
         "adapters": list(groups.values()),
         "base_model_name_or_path": base,
@@ -54,17 +61,19 @@ def read(content: dict[str, Any], tensors: dict[str, Tensor]) -> Stored:
     if content.get("version") != VERSION:
         raise ValueError(f"version must be {VERSION} in {CONFIG}, got {content.get('version')!r}")
     own: dict[str, Config] = {}
+    bases: dict[str, Any] = {}
     configs = []
     for entry in _entries(content):
         config = _config(entry)
         configs.append((config, entry["modules"]))
         own |= {name: config.of_module(name) for name in entry["modules"]}
+        bases |= entry.get("bases", {})
     stored: dict[str, Parts] = {name: {} for name in own}
     foreign = []
     for path, tensor in tensors.items():
         words = path.split(".")
-        # The longest: a linear that gave way to an adapter may have another one as its child.
-        ends = (i for i in range(len(words) - 1, 0, -1) if ".".join(words[:i]) in own)
+        # The longest: an adapter may stand inside another one's module, or be its child.
+        ends = (i for i in reversed(range(len(words))) if ".".join(words[:i]) in own)
         if (end := next(ends, None)) is None:
             foreign.append(path)
             continue
@@ -72,7 +81,7 @@ def read(content: dict[str, Any], tensors: dict[str, Tensor]) -> Stored:
         stored[".".join(words[:end])][".".join(words[end:])] = tensor
     if foreign:
         raise ValueError(f"{TENSORS} must hold what {CONFIG} names, got {listed(foreign)}")
-    return Stored(stored, own, configs)
+    return Stored(stored, own, configs, bases)
 
 
 def _entries(content: dict[str, Any]) -> list[dict[str, Any]]:
@@ -81,6 +90,7 @@ def _entries(content: dict[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(entries, list) or not entries or not all(
         isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in kinds.items())
         and all(isinstance(name, str) for name in entry["modules"])
+        and isinstance(entry.get("bases", {}), dict)
         for entry in entries
     ):  # fmt: skip
         raise ValueError(

@@ -123,8 +123,10 @@ def _check_demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) 
         parser.error(f"--vision must stand with --method onebit, got {arguments.method}")
     if arguments.vision and (arguments.text or arguments.model):
         parser.error("--vision must stand without --text and --model")
-    if arguments.compare_peers and arguments.method == "onebit":
-        parser.error("--compare-peers must stand with what peft has, got --method onebit")
+    if arguments.compare_peers and arguments.method != "qlora":
+        parser.error(
+            f"--compare-peers must stand with what peft has, got --method {arguments.method}"
+        )
     if arguments.text is not None and not arguments.text.is_file():
         parser.error(f"--text must be a file, got {arguments.text}")
     if arguments.model is not None and not arguments.model.exists():
@@ -150,6 +152,8 @@ def _demo(arguments: argparse.Namespace) -> None:
     if arguments.vision:
         need("vision", "--vision")
         from peftkern.demo.vision import run
+    elif arguments.method == "sparse":
+        from peftkern.demo.selected import run
     else:
         from peftkern.demo.run import run
     run(

@@ -12,6 +12,10 @@ from peftkern.bench import bottleneck as bottleneck_bench
 from peftkern.bench import model as model_bench
 from peftkern.bench import onebit as onebit_bench
 from peftkern.bench import qlora as qlora_bench
+from peftkern.bench import sparse as sparse_bench
+from peftkern.bench import sparse_adamw as adamw_bench
+from peftkern.bench import sparse_id3 as id3_bench
+from peftkern.bench import sparse_select as select_bench
 from peftkern.bench.layers import Case
 
 
@@ -108,5 +112,39 @@ def test_every_contender_of_onebit_is_right(
     # Compiling takes longer than all the rest.
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     found = outcome(getattr(onebit_bench, part)(quick=True))
+    bad = {key: said for key, said in found.items() if said.startswith(("wrong", "failed"))}
+    assert found and not bad, bad
+
+
+@pytest.mark.parametrize("part", ["gradients"])
+def test_every_contender_of_sparse_is_right(
+    part: str, brief: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"SIZE": 64, "TOKENS": 16, "DENSITIES": (0.05,)}.items():
+        monkeypatch.setattr(sparse_bench, name, value)
+    found = outcome(getattr(sparse_bench, part)(quick=True))
+    bad = {key: said for key, said in found.items() if said.startswith(("wrong", "failed"))}
+    assert found and not bad, bad
+
+
+@pytest.mark.parametrize("part", ["smallest", "below", "reselection", "rank_loss"])
+def test_every_contender_of_selection_is_right(
+    part: str, brief: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"QUICK_SHAPE": (60, 70), "RANKED": (20, 40)}.items():
+        monkeypatch.setattr(select_bench, name, value)
+    monkeypatch.setattr(select_bench, "RANKED_DENSITY", 0.5)
+    found = outcome(getattr(select_bench, part)(quick=True))
+    bad = {key: said for key, said in found.items() if said.startswith(("wrong", "failed"))}
+    assert found and not bad, bad
+
+
+def test_every_contender_of_the_sparse_optimisers_is_right(
+    brief: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adamw_bench, "QUICK_SIZE", 60)
+    for name, size in {"SIZE": 48, "TOKENS": 8, "COUNT": 20}.items():
+        monkeypatch.setattr(id3_bench, name, size)
+    found = outcome([*adamw_bench.rows(quick=True), *id3_bench.rows(quick=True)])
     bad = {key: said for key, said in found.items() if said.startswith(("wrong", "failed"))}
     assert found and not bad, bad

@@ -17,8 +17,11 @@ import pytest
 from peftkern.bench.predict_data import DEVICES, SLOTS
 
 triton = pytest.importorskip("triton", reason="needs triton")
-TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-pytestmark = pytest.mark.skipif(not TOOL.exists(), reason="needs the tools of Triton's wheel")
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+pytestmark = pytest.mark.skipif(
+    not all((TOOLS / name).exists() for name in ("cuobjdump", "nvdisasm")),
+    reason="needs the tools of Triton's wheel",
+)
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("sm80", "sm90", "sm100")
@@ -31,6 +34,7 @@ COPY = r"LDGSTS\S*\.128"  # cp.async of 16 bytes: loads that are under way while
 COPY_CODES = r"LDGSTS\.E(\.64)?$"  # a row has few words of them in a step
 READ = r"LDG\S*\.128"
 WRITE = r"STG\S*\.128"
+COUNT = r"POPC"  # the bits of a word in one instruction
 
 
 class Gate(NamedTuple):
@@ -81,6 +85,19 @@ GATES = {
     "unpack_kernel": Gate(56, 4 * KB),
     "packed_linear_kernel": Gate(232, 64 * KB, (MATRIX, COPY, COPY_CODES, WRITE)),
     "start_kernel": Gate(80, 8 * KB, (READ, WRITE)),
+    "sddmm_kernel": Gate(208, 104 * KB, (MATRIX, COPY)),
+    # Adds to what is there, all of a tile's at once; in all of a lane's registers, and for sm100 in
+    # more. Of a convolution the rows of the gradient alone are copied ahead.
+    ("sampled by a bitmap", "sddmm_kernel"): Gate(255, 104 * KB, (MATRIX, COPY, COUNT), stack=96),
+    "conv2d_sddmm_kernel": Gate(255, 72 * KB, (MATRIX, COPY), stack=32),
+    "gather_kernel": Gate(80, 4 * KB),
+    "scatter_kernel": Gate(72, KB),
+    "few_kernel": Gate(48, 2 * KB),
+    "dense_kernel": Gate(88, KB),
+    "adamw_kernel": Gate(216, KB),
+    ("sparse, a bitmap", "scatter_kernel"): Gate(56, KB, (COUNT,)),
+    ("packed AdamW, a bitmap", "adamw_kernel"): Gate(184, KB, (COUNT,)),
+    ("sampled, float32", "sddmm_kernel"): Gate(152, 20 * KB, (EXACT, COPY)),
     ("nested, many rows", "gemm_kernel"): Gate(232, 64 * KB, (MATRIX, COPY, WRITE), stack=8),
     ("nested, many rows", "gemm_kernel over rows"): Gate(232, 64 * KB, (MATRIX, COPY, WRITE)),
     ("plain, float32", "down_kernel"): Gate(64, 8 * KB, (EXACT, COPY)),
@@ -108,6 +125,7 @@ RARE_GATES = {
     "bottleneck with a norm": Gate(255, 112 * KB),
     "bottleneck, uneven": Gate(255, 160 * KB, stack=2 * KB),
     "packed, uneven": Gate(255, 64 * KB, stack=KB),
+    "sampled, uneven": Gate(255, 96 * KB),
 }
 
 

@@ -8,11 +8,14 @@ from pathlib import Path
 
 from peftkern.onebit import OneBitConfig
 from peftkern.qlora import LoraConfig
+from peftkern.sparse import SmallestFraction, SparseConfig
 
+SHARE = 0.05  # of the weights, that train with "sparse"
 # Name on the command line -> the config that `peftkern.adapt` takes.
-METHODS: dict[str, Callable[[], LoraConfig | OneBitConfig]] = {
+METHODS: dict[str, Callable[[], LoraConfig | OneBitConfig | SparseConfig]] = {
     "qlora": lambda: LoraConfig(r=16, lora_alpha=32, base="nf4"),
     "onebit": lambda: OneBitConfig(r=16, scale=10.0, base="nf4"),
+    "sparse": lambda: SparseConfig(SmallestFraction(SHARE)),
 }
 
 

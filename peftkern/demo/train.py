@@ -57,10 +57,12 @@ def run(
     held_out: Tensor,
     recipe: Recipe,
     progress: AbstractContextManager[Callable[[int, float], None]],
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Result:
     """Evaluates, takes the recipe's steps within `progress`, and evaluates again."""
     before = evaluate(model, held_out, recipe.batch)
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, recipe))
     losses: list[float] = []
     seconds: list[float] = []
