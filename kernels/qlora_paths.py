@@ -110,6 +110,13 @@ TILES: dict[str, dict[str, Rows]] = {
     "bottleneck 32": {"any": ((None, Tile(16, 32, 32, 4, 2)),)},
     "bottleneck_sums 16": {"any": ((None, Tile(64, 128, 64, 4, 3)),)},
     "bottleneck_sums 32": {"any": ((None, Tile(32, 64, 32, 4, 2)),)},
+    # Of sparse: rows and columns of the pattern, and tokens a step.
+    "sddmm 16": {"any": ((None, Tile(128, 128, 64, 8, 3)),)},
+    "sddmm 32": {"any": ((None, Tile(64, 64, 32, 8, 2)),)},
+    # Each of a convolution's inputs has an address of its own: steps are short, or registers run
+    # out.
+    "conv2d_sddmm 16": {"any": ((None, Tile(128, 128, 32, 8, 3)),)},
+    "conv2d_sddmm 32": {"any": ((None, Tile(64, 64, 16, 8, 2)),)},
 }
 # Where blocks straddle rows: each weight has its scale looked up, which larger tiles have no
 # registers for.

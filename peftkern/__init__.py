@@ -12,6 +12,7 @@ from peftkern.onebit import OneBitConfig
 from peftkern.optimize import optimize, register, restore
 from peftkern.qlora import LoraConfig, QLoRALinear
 from peftkern.report import Report, Row, report
+from peftkern.sparse import SparseConfig
 
 __all__ = [
     "BottleneckAdapter",
@@ -25,6 +26,7 @@ __all__ = [
     "Report",
     "Row",
     "Skipped",
+    "SparseConfig",
     "adapt",
     "adapter_state_dict",
     "bottleneck",

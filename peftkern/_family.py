@@ -22,9 +22,10 @@ of a config have in common, a pool or a statistic, is made once by its `share`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from peftkern import _check, _select, _sharded
@@ -32,8 +33,9 @@ from peftkern import _check, _select, _sharded
 Self = TypeVar("Self", bound="Config")
 
 Parts = dict[str, Tensor]
-# What is wanted of each part: its shape, and whether a file must have it.
-Wanted = dict[str, tuple[list[int], bool]]
+# What is wanted of each part: its shape, with a word for a size that the file decides, and whether
+# a file must have it.
+Wanted = dict[str, tuple[Sequence[int | str], bool]]
 Undo = Callable[[], object]
 # Of every module, by id, the parents that hold it and its name there.
 Places = dict[int, list[tuple[nn.Module, str]]]
@@ -93,6 +95,15 @@ class Adapter(nn.Module):
         """What a file says of it: fields of its config."""
         return self.config.fields()
 
+    def base_hash(self) -> Any:
+        """What a file says of the base that it belongs to, in JSON's types; None where any does."""
+        return None
+
+    def check(self, name: str, parts: Parts, base_hash: Any) -> None:
+        """Raises TypeError or ValueError, by this name, where a file's parts, which have the wanted
+        shapes, do not fit each other, or belong to another base.
+        """
+
     def misfit(self, config: Config) -> str | None:
         """Why it cannot become what a file's config says; None where `take` can do it."""
         have, want = self.fields(), config.fields()
@@ -125,6 +136,25 @@ class Adapter(nn.Module):
         return f"no: {self.method}"
 
     def explained(self) -> Explained:
+        raise NotImplementedError
+
+
+class InPlace(Adapter):
+    """One that is merged into weights where they lie, and whose module stays when it goes."""
+
+    def refuse_merge(self, name: str, dtype: torch.dtype | None, requantize: bool) -> None:
+        """Raises ValueError where `merge` cannot have it so, before anything changes."""
+        raise NotImplementedError
+
+    def merge_in_place(self) -> None:
+        raise NotImplementedError
+
+    def unmerge_in_place(self) -> None:
+        """Gives the weights the bits back that they had before any training."""
+        raise NotImplementedError
+
+    def unload(self) -> None:
+        """Leaves the module that was there before, with its weights as they are."""
         raise NotImplementedError
 
 
@@ -226,6 +256,9 @@ class Target:
         """As that of the `Adapter` that will be there."""
         raise NotImplementedError
 
+    def check(self, name: str, parts: Parts, base_hash: Any) -> None:
+        """As that of the `Adapter` that will be there."""
+
     def put(self, model: nn.Module, places: Places) -> Iterator[Undo]:
         """Puts it in, step by step; before each, gives what undoes it.
 
@@ -249,11 +282,13 @@ class Stored:
         parts: of every layer, by its name.
         own: by the same names, the config of each.
         configs: those that put such layers into a model that has none.
+        bases: by the same names, of those that belong to one base alone, its hash.
     """
 
     parts: dict[str, Parts]
     own: dict[str, Config]
     configs: Sequence[Config]
+    bases: dict[str, Any] = field(default_factory=dict)
 
 
 def check_fit(source: str, stored: dict[str, Parts], places: dict[str, Wanted]) -> None:

@@ -15,16 +15,21 @@ from peftkern._folder import CONFIG, TENSORS
 from peftkern.bottleneck import BottleneckConfig, PrefixConfig
 from peftkern.onebit import OneBitConfig
 from peftkern.qlora import LoraConfig
+from peftkern.sparse import SparseConfig
 
 PEFT_TYPE, VERSION = "PEFTKERN", 1
 CONFIGS: dict[str, type[Config]] = {
-    c.method: c for c in (LoraConfig, BottleneckConfig, PrefixConfig, OneBitConfig)
+    c.method: c for c in (LoraConfig, BottleneckConfig, PrefixConfig, OneBitConfig, SparseConfig)
 }
 _DTYPES = (*_check.FLOATS, torch.int64)  # the latter counts the batches of a norm
+_DTYPES_OF = {
+    "bits": (torch.uint8,), "columns": (torch.uint16, torch.int32),
+    "row_start": (torch.int32, torch.int64),
+}  # fmt: skip
 
 
 def key(name: str, part: str) -> str:
-    return f"{name}.{part}"
+    return f"{name}.{part}" if name else part
 
 
 def to_file(
@@ -35,7 +40,10 @@ def to_file(
     for name, layer in layers.items():
         entry = {"method": layer.method, "config": layer.fields()}
         groups.setdefault(json.dumps(entry, sort_keys=True), {**entry, "modules": []})
-        groups[json.dumps(entry, sort_keys=True)]["modules"].append(name)
+        group = groups[json.dumps(entry, sort_keys=True)]
+        group["modules"].append(name)
+        if (base_hash := layer.base_hash()) is not None:
+            group.setdefault("bases", {})[name] = base_hash
     return {
         "adapters": list(groups.values()),
         "base_model_name_or_path": base,
@@ -53,31 +61,36 @@ def read(content: dict[str, Any], tensors: dict[str, Tensor]) -> Stored:
     if content.get("version") != VERSION:
         raise ValueError(f"version must be {VERSION} in {CONFIG}, got {content.get('version')!r}")
     own: dict[str, Config] = {}
+    bases: dict[str, Any] = {}
     configs = []
     for entry in _entries(content):
         config = _config(entry)
         configs.append(config)
         own |= {name: config.of_module(name) for name in entry["modules"]}
+        bases |= entry.get("bases", {})
     stored: dict[str, Parts] = {name: {} for name in own}
     foreign = []
     for path, tensor in tensors.items():
         words = path.split(".")
-        ends = (i for i in range(1, len(words)) if ".".join(words[:i]) in own)
+        # A layer may stand inside another one, such as a model with loose parameters of its own.
+        ends = (i for i in reversed(range(len(words))) if ".".join(words[:i]) in own)
         if (end := next(ends, None)) is None:
             foreign.append(path)
             continue
-        _check.dtype(path, tensor, [torch.uint8] if path.endswith(".bits") else _DTYPES)
+        _check.dtype(path, tensor, _DTYPES_OF.get(words[-1], _DTYPES))
         stored[".".join(words[:end])][".".join(words[end:])] = tensor
     if foreign:
         raise ValueError(f"{TENSORS} must hold what {CONFIG} names, got {listed(foreign)}")
-    return Stored(stored, own, configs)
+    return Stored(stored, own, configs, bases)
 
 
 def _entries(content: dict[str, Any]) -> list[dict[str, Any]]:
     entries = content.get("adapters")
     kinds = {"method": str, "config": dict, "modules": list}
     if not isinstance(entries, list) or not entries or not all(
-        isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in kinds.items())
+        isinstance(entry, dict)
+        and all(isinstance(entry.get(k), t) for k, t in kinds.items())
+        and isinstance(entry.get("bases", {}), dict)
         for entry in entries
     ):  # fmt: skip
         raise ValueError(

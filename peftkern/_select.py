@@ -84,9 +84,12 @@ def closed(model: nn.Module, places: list[str]) -> str | None:
 
 def is_a(module: nn.Module, package: str, name: str) -> bool:
     """An instance of a class of a package that need not be installed."""
+    return is_a_class(type(module), package, name)
+
+
+def is_a_class(cls: type, package: str, name: str) -> bool:
     return any(
-        kind.__name__ == name and kind.__module__.split(".")[0] == package
-        for kind in type(module).__mro__
+        kind.__name__ == name and kind.__module__.split(".")[0] == package for kind in cls.__mro__
     )
 
 

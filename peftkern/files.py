@@ -125,6 +125,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
     for name, layer in layers.items():
         if (reason := layer.misfit(stored.own[name])) is not None:
             raise ValueError(f"{name} must be what {CONFIG} says, got {reason}")
+        layer.check(name, stored.parts[name], stored.bases.get(name))
     with torch.no_grad():
         for name, parts in stored.parts.items():
             layers[name].fill(parts)
@@ -165,4 +166,7 @@ def _place(model: nn.Module, stored: Stored) -> None:
         raise ValueError(f"{TENSORS} must fit the model, got modules that cannot: {reasons}")
     fits = {target.layer_name: target.wanted() for target in planned.targets}
     _family.check_fit(TENSORS, stored.parts, fits)
+    for target in planned.targets:
+        name = target.layer_name
+        target.check(name, stored.parts[name], stored.bases.get(name))
     place(model, planned)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern import _select
-from peftkern._family import adapters
+from peftkern._family import InPlace, adapters
 from peftkern.adapt import parents
 from peftkern.qlora import QuantizedWeight, bnb, merging
 from peftkern.qlora.adapter import LinearAdapter
@@ -63,7 +63,9 @@ def merge(
             forward is replaced on the instance; no adapter, one that is not linear in its input, or
             one of peft's.
     """
-    layers = _layers(model)
+    layers, in_place = _layers(model)
+    for name, place in in_place.items():
+        place.refuse_merge(name, dtype, requantize)
     for name, layer in layers.items():
         merging.refuse(name, layer, dtype, requantize)
         if unload:
@@ -71,12 +73,14 @@ def merge(
     if unload:  # of each weight its loss alone is kept here
         losses = {n: merging.merged(n, m, dtype, requantize).loss for n, m in layers.items()}
         merging.warn({name: loss for name, loss in losses.items() if loss is not None})
-        _unload(model, layers, dtype, requantize)
+        _unload(model, layers, in_place, dtype, requantize)
         return model
     merged = {n: merging.merged(n, layer, dtype, requantize) for n, layer in layers.items()}
     merging.warn({name: m.loss for name, m in merged.items() if m.loss is not None})
     for name, layer in layers.items():
         merging.take(layer, merged[name])
+    for place in in_place.values():
+        place.merge_in_place()
     return model
 
 
@@ -93,9 +97,17 @@ def _refuse_unloading(model: nn.Module, name: str, layer: LinearAdapter) -> None
 
 
 def _unload(
-    model: nn.Module, layers: dict[str, LinearAdapter], dtype: torch.dtype | None, requantize: bool
+    model: nn.Module,
+    layers: dict[str, LinearAdapter],
+    in_place: dict[str, InPlace],
+    dtype: torch.dtype | None,
+    requantize: bool,
 ) -> None:
     places = parents(model)
+    for place in in_place.values():
+        place.merge_in_place()
+    for place in in_place.values():
+        place.unload()
     while layers:
         name = next(iter(layers))
         layer = layers.pop(name)
@@ -148,15 +160,20 @@ def unmerge(model: Model) -> Model:
     Raises:
         ValueError: no layer is merged.
     """
-    merged = {name: layer for name, layer in _layers(model).items() if layer.merged}
-    if not merged:
+    layers, in_place = _layers(model)
+    merged = {name: layer for name, layer in layers.items() if layer.merged}
+    places = [place for place in in_place.values() if place.merged]
+    if not merged and not places:
         raise ValueError("model must be merged, got no merged layer")
     for name, layer in merged.items():
         merging.give_back(name, layer)
+    for place in places:
+        place.unmerge_in_place()
     return model
 
 
-def _layers(model: nn.Module) -> dict[str, LinearAdapter]:
+def _layers(model: nn.Module) -> tuple[dict[str, LinearAdapter], dict[str, InPlace]]:
+    """Those that get another weight, and those whose own weights change."""
     theirs = [n for n, m in model.named_modules() if _select.is_a(m, "peft", "BaseTunerLayer")]
     if theirs:
         raise ValueError(
@@ -166,10 +183,14 @@ def _layers(model: nn.Module) -> dict[str, LinearAdapter]:
     if not (layers := adapters(model)):
         raise ValueError("model must have an adapter (peftkern.adapt puts one in), got none")
     linear: dict[str, LinearAdapter] = {}
+    in_place: dict[str, InPlace] = {}
     for name, layer in layers.items():
         if (reason := layer.merge_obstacle()) is not None:
             kind = type(layer).__name__
             raise ValueError(f"{name} must have a place in a weight to merge, got {kind}: {reason}")
-        assert isinstance(layer, LinearAdapter)
-        linear[name] = layer
-    return linear
+        if isinstance(layer, LinearAdapter):
+            linear[name] = layer
+        else:
+            assert isinstance(layer, InPlace)
+            in_place[name] = layer
+    return linear, in_place

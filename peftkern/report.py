@@ -143,7 +143,7 @@ def _row(name: str, layer: Adapter, layers: list[Adapter]) -> Row:
         name=name,
         layer=type(layer).__name__,
         format=layer.format(),
-        trainable=sum(p.numel() for p in layer.parameters() if p.requires_grad),
+        trainable=sum(p.numel() for p in layer.trained() if p.requires_grad),
         bytes=layer.nbytes(),
         mergeable=layer.mergeable(),
         vllm=layer.vllm(layers),

@@ -20,11 +20,12 @@ from peftkern.info import info
 from peftkern.onebit.cases import cases as onebit_cases
 from peftkern.qlora.cases import cases as qlora_cases
 from peftkern.sparse.cases import cases as sparse_cases
+from peftkern.sparse.cases_adamw import cases as adamw_cases
 from peftkern.sparse.cases_select import cases as select_cases
 
 # A family adds its own here: from a device to its cases.
 FAMILIES: tuple[Callable[[torch.device], Iterator[Case]], ...] = (
-    qlora_cases, bottleneck_cases, onebit_cases, sparse_cases, select_cases,
+    qlora_cases, bottleneck_cases, onebit_cases, sparse_cases, adamw_cases, select_cases,
 )  # fmt: skip
 
 

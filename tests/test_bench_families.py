@@ -12,6 +12,7 @@ from peftkern.bench import bottleneck as bottleneck_bench
 from peftkern.bench import model as model_bench
 from peftkern.bench import onebit as onebit_bench
 from peftkern.bench import qlora as qlora_bench
+from peftkern.bench import sparse_adamw as adamw_bench
 from peftkern.bench import sparse_select as select_bench
 from peftkern.bench.layers import Case
 
@@ -121,5 +122,14 @@ def test_every_contender_of_selection_is_right(
         monkeypatch.setattr(select_bench, name, value)
     monkeypatch.setattr(select_bench, "RANKED_DENSITY", 0.5)
     found = outcome(getattr(select_bench, part)(quick=True))
+    bad = {key: said for key, said in found.items() if said.startswith(("wrong", "failed"))}
+    assert found and not bad, bad
+
+
+def test_every_contender_of_the_packed_step_is_right(
+    brief: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adamw_bench, "QUICK_SIZE", 60)
+    found = outcome(adamw_bench.rows(quick=True))
     bad = {key: said for key, said in found.items() if said.startswith(("wrong", "failed"))}
     assert found and not bad, bad

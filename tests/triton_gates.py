@@ -23,13 +23,13 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from peftkern.bench import sass
-from peftkern.kernels import bottleneck, onebit, qlora, qlora_backward, qlora_paths
+from peftkern.kernels import bottleneck, onebit, qlora, qlora_backward, qlora_paths, sparse
 
 ARCHITECTURES = {"sm80": 80, "sm90": 90, "sm100": 100}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8",
-    torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
+    torch.int8: "i8", torch.uint16: "u16", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 SIZE, RANK, BLOCK_SIZE, EXPERTS = 4096, 16, 64, 8
 FEW, MANY = 48, 4096  # rows: below every crossover of the table, and above
@@ -139,6 +139,59 @@ def packed(rows, bits=1, dtype=torch.bfloat16, size=SIZE):
     onebit.linear(x, laid_out, tensor(1, 2), bits, size, tensor(size))
 
 
+def sparse_operand(kind, size=SIZE):
+    """A pattern of half the entries that its kind is the smaller for."""
+    words, quads = -(-size // 32), -(-size // 128)
+    nnz = size**2 // (25 if kind == "csr" else 6)
+    if kind == "csr":
+        pattern = [tensor(size + 1, dtype=torch.int32), tensor(nnz, dtype=torch.uint16)]
+    else:
+        pattern = [tensor(size, n, dtype=torch.int32) for n in (words, quads)]
+    return pattern, [int(kind == "bitmap"), size, size, nnz]
+
+
+def sddmm(kind, rows, dtype=torch.bfloat16, size=SIZE):
+    x, grad = (tensor(rows, size, dtype=dtype) for _ in range(2))
+    pattern, layout = sparse_operand(kind, size)
+    sparse.sddmm_(tensor(layout[3]), x, grad, pattern, layout, 1.0)
+
+
+def convolved(kind, last=True, channels=320):
+    """The gradient of a 3 x 3 convolution, of channels that lie last or first."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    shape = (4, channels, 64, 64)
+    x, grad = (tensor(*shape, dtype=torch.bfloat16).to(memory_format=layout) for _ in range(2))
+    pattern, _ = sparse_operand(kind)
+    shape = [int(kind == "bitmap"), channels, 9 * channels, 10**5]
+    sparse.conv2d_sddmm(x, grad, pattern, shape, [3, 3, 1, 1, 1, 1, 1, 1, 1], 1.0)
+
+
+def adamw(kind):
+    """A step of a few tensors in bfloat16; without a kind, of values that go nowhere."""
+    operands = [sparse_operand(kind or "csr", size) for size in (SIZE, SIZE // 4, 320)]
+    packed = [[tensor(layout[3]) for _, layout in operands] for _ in range(4)]
+    weights = [tensor(n, n, dtype=torch.bfloat16) for _, (_, n, _, _) in operands]
+    patterns = [
+        [t for each, _ in operands for t in each],
+        [n for _, each in operands for n in each],
+    ]
+    sparse.adamw_(
+        weights if kind else [], *packed, [], *(patterns if kind else ([], [])),
+        7, 1e-3, 0.9, 0.999, 1e-8, 1e-2,
+    )  # fmt: skip
+
+
+def separate(kind):
+    """The rest of what a sparse matrix takes part in."""
+    operand = sparse_operand(kind)
+    weight = tensor(SIZE, SIZE, dtype=torch.bfloat16)
+    values = sparse.gather(weight, *operand)
+    sparse.scatter_(weight, values, *operand)
+    for rows in (1, MANY):
+        x = tensor(rows, SIZE, dtype=torch.bfloat16)
+        sparse.matmul_t(sparse.matmul(x, values, *operand, x, 1.0), values, *operand, x, 1.0)
+
+
 # On every architecture, each kernel in the ways it mostly runs.
 CASES = {
     "nested, few rows": lambda: step("nested"),
@@ -155,6 +208,12 @@ CASES = {
     "codes": lambda: codes(1),
     "packed, few rows": lambda: packed(FEW),
     "packed, many rows": lambda: packed(MANY),
+    "sampled by a bitmap": lambda: sddmm("bitmap", MANY),
+    "sampled by csr": lambda: sddmm("csr", MANY),
+    "sampled of a convolution": lambda: convolved("csr"),
+    "packed AdamW": lambda: adamw("csr"),
+    "sparse, a bitmap": lambda: separate("bitmap"),
+    "sparse, csr": lambda: separate("csr"),
 }
 # The ways that are left, on one of them.
 RARE = "sm90"
@@ -172,6 +231,10 @@ RARE_CASES = {
     "packed, 4 bits": lambda: packed(FEW, 4),
     "packed, float32": lambda: packed(FEW, dtype=torch.float32),
     "packed, uneven": lambda: packed(FEW, size=1001),
+    "packed AdamW, a bitmap": lambda: adamw("bitmap"),
+    "packed AdamW, no weights": lambda: adamw(None),
+    "sampled, float32": lambda: sddmm("bitmap", MANY, torch.float32),
+    "sampled, uneven": lambda: sddmm("csr", FEW, size=1001),
 }
 
 

@@ -13,17 +13,14 @@
 #pragma once
 #include <cstdint>
 
-#include "common/half.h"
-#include "common/isa.h"
+#include "sparse/sparse.h"
 
 namespace peftkern::sparse {
 
 // Spelled once more, in peftkern/sparse/picking.py. As many bins and their counts pass through the
 // first-level cache; a band's candidates take half a megabyte.
 inline constexpr int64_t kBins = 4096, kBand = 32768;
-inline constexpr int64_t kWord = 32, kTile = 128;
 inline constexpr uint64_t kInfinity = 0x7F800000, kWideInfinity = 0x7FF0000000000000;
-constexpr int64_t words_of(int64_t columns) { return (columns + kWord - 1) / kWord; }
 
 struct Keys {
   bool wide, largest;

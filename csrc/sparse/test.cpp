@@ -1,4 +1,5 @@
 // sparse's kernels without torch.
+#include "sparse/test_adamw.h"
 #include "sparse/test_select.h"
 
 int main() {
@@ -7,6 +8,8 @@ int main() {
   for (int isa = 0; isa <= static_cast<int>(best_isa()); ++isa) {
     current_isa() = static_cast<Isa>(isa);
     std::printf("%s\n", kIsaNames[isa]);
+    RUN(a_step_moves_what_is_old_enough_and_writes_where_it_belongs);
+    RUN(any_range_of_entries_makes_the_same_step);
     RUN(every_number_is_counted_once_and_a_nan_never);
     RUN(any_range_of_words_is_picked_alike_and_nothing_else_is_written);
     RUN(candidates_are_those_of_the_band);

@@ -162,7 +162,7 @@ def _paths(weight: Tensor | QuantizedWeight) -> str:
 
 def wanted(r: int, rows: int, columns: int, dora: bool, bias: bool, trains_bias: bool) -> Wanted:
     """What files hold of LoRA on such a linear."""
-    parts = {"lora_A": ([r, columns], True), "lora_B": ([rows, r], True)}
+    parts: Wanted = {"lora_A": ([r, columns], True), "lora_B": ([rows, r], True)}
     if dora:
         parts["lora_magnitude_vector"] = ([rows], True)
     if bias:

@@ -67,7 +67,11 @@ class _Linear(torch.autograd.Function):
             grad_values = sddmm_op(*flat, pattern, layout, scale).to(ctx.values_dtype)
         if ctx.needs_input_grad[2]:
             sums = torch.promote_types(grad.dtype, torch.float32)
-            grad_bias = grad.sum(tuple(range(grad.dim() - 1)), dtype=sums).to(ctx.bias_dtype)
+            grad_bias = (
+                (grad.flatten(0, -2) if grad.dim() > 1 else grad[None])
+                .sum(0, dtype=sums)
+                .to(ctx.bias_dtype)
+            )
         return grad_x, grad_values, grad_bias, None, None
 
 
@@ -92,7 +96,7 @@ def _grad_x(
     grad: Tensor, dense: Tensor | None, quantized: tuple[list[Tensor], list[int]] | None
 ) -> Tensor:
     if dense is not None:
-        with _exact(grad.device):
+        with exact(grad.device):
             return grad @ dense.to(grad.dtype)
     assert quantized is not None  # one of the two is what the weight was
     rows = grad.numel() // max(1, grad.shape[-1])
@@ -102,7 +106,7 @@ def _grad_x(
     return grads[0]  # type: ignore[no-any-return]
 
 
-def _exact(device: torch.device) -> AbstractContextManager[Any]:
+def exact(device: torch.device) -> AbstractContextManager[Any]:
     """A backward that is called under autocast multiplies in the dtype of its forward."""
     if not torch._C._is_any_autocast_enabled():
         return nullcontext()

@@ -65,6 +65,8 @@ conv2d_sddmm_op = _native.define(
     lambda x, grad, pattern, layout, *rest: _fake_values(x, layout),
     fallback.conv2d_sddmm,
 )
+for _verb in ("sddmm", "sddmm_", "gather", "scatter_", "matmul", "matmul_t", "conv2d_sddmm"):
+    _native.register_triton("sparse", _verb)
 
 
 def sddmm(
@@ -138,8 +140,8 @@ def scatter_(weight: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
         scatter_op(target, values.to(sums).contiguous(), *pattern.operand())
         if target is not weight:
             weight.copy_(target)
-        else:  # what no op of a library's own does: a backward behind this must know of it
-            torch.autograd.graph.increment_version(weight)
+        elif not (torch.compiler.is_compiling() or weight.is_inference()):
+            torch.autograd.graph.increment_version(weight)  # no graph may use what it was
     return weight
 
 

@@ -196,7 +196,7 @@ class Pattern:
         digest = hashlib.sha256(struct.pack("<2q", *self.shape))
         row_start, columns = csr.tensors
         for tensor in (row_start.long(), *(p.int() for p in torch.split(columns, 2**20))):
-            digest.update(_memory(tensor))
+            digest.update(memory(tensor))
         return digest.hexdigest()[:16]
 
     def operand(self) -> tuple[list[Tensor], list[int]]:
@@ -293,7 +293,7 @@ def _in_range(name: str, index: Tensor, size: int) -> None:
         raise IndexError(f"{name} must lie in [0, {size}), got {low} to {high}")
 
 
-def _memory(tensor: Tensor) -> ctypes.Array[ctypes.c_char]:
+def memory(tensor: Tensor) -> ctypes.Array[ctypes.c_char]:
     """A view of its bytes, without numpy, which need not be there."""
     tensor = tensor.contiguous()
     view = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
