@@ -12,6 +12,7 @@ from peftkern.bench import bottleneck as bottleneck_bench
 from peftkern.bench import model as model_bench
 from peftkern.bench import onebit as onebit_bench
 from peftkern.bench import qlora as qlora_bench
+from peftkern.bench import sparse as sparse_bench
 from peftkern.bench import sparse_adamw as adamw_bench
 from peftkern.bench import sparse_select as select_bench
 from peftkern.bench.layers import Case
@@ -131,5 +132,16 @@ def test_every_contender_of_the_packed_step_is_right(
 ) -> None:
     monkeypatch.setattr(adamw_bench, "QUICK_SIZE", 60)
     found = outcome(adamw_bench.rows(quick=True))
+    bad = {key: said for key, said in found.items() if said.startswith(("wrong", "failed"))}
+    assert found and not bad, bad
+
+
+@pytest.mark.parametrize("part", ["gradients"])
+def test_every_contender_of_sparse_is_right(
+    part: str, brief: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"SIZE": 64, "TOKENS": 16, "DENSITIES": (0.05,)}.items():
+        monkeypatch.setattr(sparse_bench, name, value)
+    found = outcome(getattr(sparse_bench, part)(quick=True))
     bad = {key: said for key, said in found.items() if said.startswith(("wrong", "failed"))}
     assert found and not bad, bad

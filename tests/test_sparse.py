@@ -126,7 +126,7 @@ def test_gather_and_scatter_are_the_reference(isa, rows, columns, density, kind,
 def test_weights_of_convolutions_may_have_their_channels_last(isa, shape, dtype):
     weight = normal(1, *shape, dtype=dtype)
     found = Pattern.from_mask(normal(2, *shape) > 0)
-    last = weight.contiguous(memory_format=torch.channels_last)
+    last = weight.clone(memory_format=torch.channels_last)
     every_other = torch.stack([weight, weight], -1)[..., 0]
     for other in (weight.clone(), last, every_other):
         assert torch.equal(sparse.gather(other, found), sparse.gather(weight, found))

@@ -87,9 +87,18 @@ def _forward(
         rest = (None, None, 1.0, 0.0, None, None, None)
         y = torch.ops.peftkern.qlora_linear(x.contiguous(), *quantized, bias, *rest)[0]
     if not is_delta:
+        _seen(x, layout)
         return y
     wide = values.to(torch.promote_types(x.dtype, torch.float32))
     return matmul_op(x.contiguous(), wide, pattern, layout, y, scale)  # type: ignore[no-any-return]
+
+
+def _seen(x: Tensor, sizes: list[int]) -> None:
+    """Sizes that a backward alone takes are none that torch.compile hands to it, if they are free:
+    a forward has to use them."""
+    if torch.compiler.is_compiling():
+        for size in sizes:
+            x.new_empty(0, size)
 
 
 def _grad_x(
@@ -200,6 +209,7 @@ def _convolved(
     x: Tensor, values: Tensor, bias: Tensor | None, weight: Tensor, fixed: _ConvFixed
 ) -> Tensor:
     *_, sh, sw, ph, pw, dh, dw, groups = fixed[2]
+    _seen(x, [*fixed[1], *fixed[2]])
     whole = _whole(weight, values, fixed).to(x.dtype)
     own_bias = None if bias is None else bias.to(x.dtype)
     return torch.nn.functional.conv2d(x, whole, own_bias, (sh, sw), (ph, pw), (dh, dw), groups)

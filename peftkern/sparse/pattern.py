@@ -9,6 +9,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -199,6 +200,12 @@ class Pattern:
             digest.update(memory(tensor))
         return digest.hexdigest()[:16]
 
+    def __reduce__(self) -> Any:
+        """torch cannot read back what pickle wrote of 16-bit columns: they go as signed ones."""
+        first, second = self.tensors
+        signed = second.view(torch.int16) if second.dtype == torch.uint16 else second
+        return _restored, (self.kind, self.shape, self.nnz, first, signed, self.order)
+
     def operand(self) -> tuple[list[Tensor], list[int]]:
         """As every op takes it: its tensors, and its layout [kind, rows, columns, nnz]."""
         return list(self.tensors), [KINDS.index(self.kind), *self.shape, self.nnz]
@@ -246,6 +253,15 @@ class Pattern:
         found[0] = rows.repeat_interleave(row_start.diff(), output_size=self.nnz)
         found[1] = columns.int()
         return found
+
+
+def _restored(
+    kind: str, shape: tuple[int, int], nnz: int, first: Tensor, second: Tensor,
+    order: Tensor | None,
+) -> Pattern:  # fmt: skip
+    if second.dtype == torch.int16:
+        second = second.view(torch.uint16)
+    return Pattern(kind, shape, nnz, (first, second), order)
 
 
 def _from_sorted(

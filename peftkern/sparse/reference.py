@@ -98,9 +98,9 @@ def unfolded(x: Tensor, window: Sequence[int]) -> Tensor:
     """What each output of a convolution sees: `[groups, batch * outputs, weight columns]`."""
     kh, kw, sh, sw, ph, pw, dh, dw, groups = window
     columns = torch.nn.functional.unfold(x, (kh, kw), (dh, dw), (ph, pw), (sh, sw))
-    batch, _, places = columns.shape
-    split = columns.view(batch, groups, -1, places)
-    return split.permute(1, 0, 3, 2).reshape(groups, batch * places, -1)
+    batch, width, places = columns.shape
+    split = columns.view(batch, groups, width // groups, places)
+    return split.permute(1, 0, 3, 2).reshape(groups, batch * places, width // groups)
 
 
 def conv2d_sddmm(
