@@ -71,6 +71,12 @@ def _tile_counts(bits: Tensor) -> Tensor:
     return counts
 
 
+def total(counts: Tensor) -> int:
+    """Part by part: torch makes 64 bits of all that it sums."""
+    parts = counts.flatten().split(_PART)  # type: ignore[no-untyped-call]
+    return int(sum(part.sum() for part in parts))
+
+
 def prefix(counts: Tensor, nnz: int) -> Tensor:
     """`[rows, tiles]`: the position of the first entry of its row at or behind a tile's begin.
 
