@@ -7,6 +7,7 @@ import torch
 from selections import DTYPES, scores, sorted_first
 
 from peftkern.sparse import AbsThreshold, Budget, SmallestFraction, TopGrad, select
+from peftkern.sparse.scores import matrices
 
 
 def test_a_threshold_is_strict_as_published():
@@ -33,14 +34,14 @@ def model():
 
 def test_a_fraction_is_of_the_model_or_of_each_tensor():
     weights = model()
-    matrices = select._matrices(weights)
-    masks = sorted_first(matrices, round(0.25 * 643), False)
+    every = matrices(weights)
+    masks = sorted_first(every, round(0.25 * 643), False)
     found = SmallestFraction(0.25).select(weights)
     assert [list(p.shape) for p in found.values()] == [[12, 50], [4, 9], [1, 7]]
     assert all(torch.equal(p.mask(), m) for p, m in zip(found.values(), masks, strict=True))
     found = SmallestFraction(0.25, scope="tensor").select(weights)
     assert [p.nnz for p in found.values()] == [150, 9, 2]
-    for pattern, score in zip(found.values(), matrices, strict=True):
+    for pattern, score in zip(found.values(), every, strict=True):
         assert torch.equal(pattern.mask(), sorted_first([score], pattern.nnz, False)[0])
 
 
@@ -49,7 +50,7 @@ def test_the_largest_gradients_are_those_of_a_backward_or_given():
     sum(w.square().sum() for w in weights.values()).backward()
     grads = {name: weight.grad for name, weight in weights.items()}
     found = TopGrad(20).select(weights)
-    wanted = sorted_first(select._matrices(grads), 20, True)
+    wanted = sorted_first(matrices(grads), 20, True)
     assert all(torch.equal(p.mask(), m) for p, m in zip(found.values(), wanted, strict=True))
     frozen = {name: weight.detach() for name, weight in weights.items()}
     again = TopGrad(20, grads).select(frozen)

@@ -117,11 +117,11 @@ def test_equal_scores_are_picked_in_their_order_across_threads(isa):
         assert_picked(picking.first(ones, count), shaped)
 
 
-@pytest.mark.ops("sparse_tile_counts", "sparse_columns")
+@pytest.mark.ops("sparse_tile_counts", "sparse_columns", "sparse_bits", "sparse_prefix_")
 @given(
     rows=st.integers(0, 9), columns=st.integers(0, 300), density=st.sampled_from([0, 0.05, 0.5, 1])
 )
-def test_bits_become_columns_in_order(isa, rows, columns, density):
+def test_bits_become_columns_in_order_and_columns_bits(isa, rows, columns, density):
     generator = torch.Generator().manual_seed(rows)
     mask = torch.rand(rows, columns, generator=generator) < density
     bits = bitmaps.pack(mask)
@@ -132,6 +132,10 @@ def test_bits_become_columns_in_order(isa, rows, columns, density):
     assert torch.equal(found.int(), mask.nonzero()[:, 1].int())
     assert starts.tolist() == [0, *mask.sum(1).cumsum(0).tolist()]
     assert torch.equal(found, bitmaps._columns(bits, starts, columns, nnz))
+    assert torch.equal(bitmaps.bits_of(starts, found, (rows, columns)), bits)
+    flat = counts.flatten().clone()
+    before = bitmaps.prefix(counts, nnz)
+    assert before is counts and torch.equal(before.flatten(), (flat.cumsum(0) - flat).int())
 
 
 def test_columns_of_a_wide_matrix_take_four_bytes(isa):
@@ -192,6 +196,8 @@ def test_the_ops_are_well_registered(dtype):
         "sparse_compact": ([torch.ones(132), *pattern.tensors[1:]], pattern.tensors[0], kept, 5),
         "sparse_tile_counts": (bits,),
         "sparse_columns": (bits, pattern.tensors[0], 33, 132),
+        "sparse_bits": (*pattern.tensors, 33),
+        "sparse_prefix_": (torch.ones(4, 3, dtype=torch.int32),),
     }.items():
         torch.library.opcheck(getattr(torch.ops.peftkern, name).default, args, test_utils=TESTS)
 

@@ -109,6 +109,8 @@ inline bool holds(const Pattern& pattern, int64_t begin, int64_t end) {
     if (!pattern.is_bitmap) {
       const int64_t first = position(pattern, row), last = position(pattern, row + 1);
       if (first < 0 || last < first || last > pattern.nnz) return false;
+      if (row == 0 && first != 0) return false;
+      if (row + 1 == pattern.rows && last != pattern.nnz) return false;
       const bool rises = is_small(pattern.columns)
                              ? rise_below(static_cast<const uint16_t*>(pattern.places) + first,
                                           last - first, pattern.columns)
@@ -120,7 +122,7 @@ inline bool holds(const Pattern& pattern, int64_t begin, int64_t end) {
     const int64_t words = words_of(pattern.columns), tiles = tiles_of(pattern.columns);
     const auto* bits = static_cast<const uint32_t*>(pattern.places) + row * words;
     int64_t next = tiles ? position(pattern, row * tiles) : 0;
-    if (next < 0) return false;
+    if (next < 0 || (row == 0 && next != 0)) return false;
     for (int64_t t = 0; t < tiles; ++t) {
       if (position(pattern, row * tiles + t) != next) return false;
       for (int64_t w = t * (kTile / kWord); w < min(words, (t + 1) * (kTile / kWord)); ++w) {
@@ -128,7 +130,9 @@ inline bool holds(const Pattern& pattern, int64_t begin, int64_t end) {
       }
     }
     const int64_t tail = pattern.columns % kWord;
-    if (next > pattern.nnz || (tail && bits[words - 1] >> tail)) return false;
+    const int64_t after =
+        tiles && row + 1 < pattern.rows ? position(pattern, (row + 1) * tiles) : pattern.nnz;
+    if (next != after || next > pattern.nnz || (tail && bits[words - 1] >> tail)) return false;
   }
   return true;
 }

@@ -20,8 +20,9 @@ inline Pattern pattern_of(const std::vector<Tensor>& tensors, const std::vector<
                   "pattern must be two tensors, and its "
                   "layout four numbers");
   const int64_t kind = layout[0], rows = layout[1], columns = layout[2], nnz = layout[3];
-  STD_TORCH_CHECK((kind == 0 || kind == 1) && rows >= 0 && columns >= 0 && nnz >= 0,
-                  "layout must be a kind, rows, columns and a number of entries");
+  STD_TORCH_CHECK(
+      (kind == 0 || kind == 1) && rows >= 0 && columns >= 0 && nnz >= 0 && nnz <= rows * columns,
+      "layout must be a kind, rows, columns and a number of entries");
   const Tensor& positions = tensors[kind == 0 ? 0 : 1];
   const Tensor& places = tensors[kind == 0 ? 1 : 0];
   const bool wide = nnz >= int64_t{1} << 31;

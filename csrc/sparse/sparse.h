@@ -145,7 +145,7 @@ struct Kernels {
   TypedKernels<peftkern::bf16, float> bf16;
   TypedKernels<peftkern::fp16, float> fp16;
   // Whether rows [begin, end) hold what the contract says: no entry lies outside of the matrix, and
-  // no position outside of the values.
+  // each position is that of one entry.
   bool (*holds)(const Pattern& pattern, int64_t begin, int64_t end);
 };
 

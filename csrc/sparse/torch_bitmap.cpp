@@ -61,6 +61,45 @@ Tensor columns(const Tensor& bits, const Tensor& row_start, int64_t width, int64
   return found;
 }
 
+Tensor bits(const Tensor& row_start, const Tensor& columns, int64_t width) {
+  check_dense(columns, "columns");
+  const bool narrow = columns.scalar_type() == ScalarType::UInt16;
+  if (!narrow) check_dtype(columns, "columns", ScalarType::Int);
+  const int64_t rows = row_start.numel() - 1, words = words_of(width), nnz = columns.numel();
+  STD_TORCH_CHECK(rows >= 0 && width >= 0, "row_start must have an element at least");
+  Tensor found = empty({rows, words}, ScalarType::Int);
+  auto* to = reinterpret_cast<uint32_t*>(found.mutable_data_ptr<int32_t>());
+  const void* from = columns.const_data_ptr();
+  with_starts(row_start, "row_start", [&](const auto* starts) {
+    parallel(rows, words + nnz / std::max<int64_t>(1, rows), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        uint32_t* own = to + row * words;
+        std::fill(own, own + words, 0);
+        STD_TORCH_CHECK(starts[row] >= 0 && starts[row + 1] <= nnz, "row_start must end at nnz");
+        for (int64_t i = starts[row]; i < starts[row + 1]; ++i) {
+          const int64_t column =
+              narrow ? static_cast<const uint16_t*>(from)[i] : static_cast<const int32_t*>(from)[i];
+          STD_TORCH_CHECK(column >= 0 && column < width, "columns must lie within the width");
+          own[column / kWord] |= uint32_t{1} << column % kWord;
+        }
+      }
+    });
+  });
+  return found;
+}
+
+void prefix_onto(Tensor counts) {
+  check_dense(counts, "counts");
+  check_dtype(counts, "counts", ScalarType::Int);
+  int32_t* to = counts.mutable_data_ptr<int32_t>();
+  uint32_t before = 0;  // which may run over where the caller has more than it said
+  for (int64_t i = 0; i < counts.numel(); ++i) {
+    const auto own = static_cast<uint32_t>(to[i]);
+    to[i] = static_cast<int32_t>(before);
+    before += own;
+  }
+}
+
 // How many bits are set before a position, from counts at every kStep words.
 class Ranks {
  public:
@@ -153,6 +192,8 @@ std::vector<Tensor> compact(std::vector<Tensor> packed, const Tensor& row_start,
 PEFTKERN_OPS(CPU, m) {
   m.impl("sparse_tile_counts", TORCH_BOX(&tile_counts));
   m.impl("sparse_columns", TORCH_BOX(&columns));
+  m.impl("sparse_bits", TORCH_BOX(&bits));
+  m.impl("sparse_prefix_", TORCH_BOX(&prefix_onto));
   m.impl("sparse_compact", TORCH_BOX(&compact));
 }
 

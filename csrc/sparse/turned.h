@@ -50,22 +50,21 @@ PEFTKERN_INLINE F fold(F a, F b) {
   return even<step>(a, b, AllLanes{}) + odd<step>(a, b, AllLanes{});
 }
 
-// The sums of R vectors, in order.
+// The sums of R vectors. Each is summed in the same order whatever stands beside it, so that a
+// value does not depend on how many entries are near it.
 template <int R>
 PEFTKERN_INLINE void sums_of(const F (&v)[R], float* sums) {
-  if constexpr (R == 8) {
-    const F low = fold<2>(fold<1>(v[0], v[1]), fold<1>(v[2], v[3]));
-    const F high = fold<2>(fold<1>(v[4], v[5]), fold<1>(v[6], v[7]));
-    const F all = fold<4>(low, high);
+  const F low = fold<2>(fold<1>(v[0], v[1 % R]), fold<1>(v[2 % R], v[3 % R]));
+  const F high = fold<2>(fold<1>(v[4 % R], v[5 % R]), fold<1>(v[6 % R], v[7 % R]));
+  const F all = fold<4>(low, high);
+  float found[8];
 #if defined(__AVX512F__)
-    _mm256_storeu_ps(sums, _mm512_castps512_ps256(all) + _mm512_extractf32x8_ps(all, 1));
+  _mm256_storeu_ps(found, _mm512_castps512_ps256(all) + _mm512_extractf32x8_ps(all, 1));
 #else
-    store(sums, all);
+  store(found, all);
 #endif
-  } else {
-    PEFTKERN_UNROLL
-    for (int r = 0; r < R; ++r) sums[r] = sum(v[r]);
-  }
+  PEFTKERN_UNROLL
+  for (int r = 0; r < R; ++r) sums[r] = found[r];
 }
 template <int R>
 PEFTKERN_INLINE void sums_of(const double (&v)[R], double* sums) {

@@ -71,10 +71,31 @@ def _tile_counts(bits: Tensor) -> Tensor:
     return counts
 
 
+def total(counts: Tensor) -> int:
+    """Part by part: torch makes 64 bits of all that it sums."""
+    parts = counts.flatten().split(_PART)  # type: ignore[no-untyped-call]
+    return int(sum(part.sum() for part in parts))
+
+
 def prefix(counts: Tensor, nnz: int) -> Tensor:
-    """`[rows, tiles]`: the position of the first entry of its row at or behind a tile's begin."""
+    """`[rows, tiles]`: the position of the first entry of its row at or behind a tile's begin.
+
+    Args:
+        counts: of the tiles; they become it, but where positions need 64 bits.
+    """
+    if index_dtype(nnz) == torch.int64:
+        return _prefix(counts.long())
+    _prefix_op(counts)
+    return counts
+
+
+def _prefix(counts: Tensor) -> Tensor:
     flat = counts.flatten()
-    return (flat.cumsum(0, dtype=index_dtype(nnz)) - flat).view(counts.shape)
+    return (flat.cumsum(0, dtype=flat.dtype) - flat).view(counts.shape)
+
+
+def _prefix_(counts: Tensor) -> None:
+    counts.copy_(_prefix(counts))
 
 
 def row_starts(counts: Tensor, nnz: int) -> Tensor:
@@ -102,9 +123,13 @@ def _columns(bits: Tensor, row_start: Tensor, width: int, nnz: int) -> Tensor:
 
 def bits_of(row_start: Tensor, columns: Tensor, shape: tuple[int, int]) -> Tensor:
     """The way back."""
-    rows, width = shape
+    return _bits_op(row_start, columns, shape[1])  # type: ignore[no-any-return]
+
+
+def _bits(row_start: Tensor, columns: Tensor, width: int) -> Tensor:
+    rows = len(row_start) - 1
     bits = torch.empty(rows, words(width), dtype=torch.int32, device=columns.device)
-    for part, entries, row in entries_of(row_start, columns, shape):
+    for part, entries, row in entries_of(row_start, columns, (rows, width)):
         mask = torch.zeros(part.stop - part.start, width, dtype=torch.bool, device=columns.device)
         mask[row - part.start, columns[entries].long()] = True
         bits[part] = pack(mask)
@@ -154,4 +179,18 @@ _columns_op = _native.define(
     "sparse_columns(Tensor bits, Tensor row_start, int width, int nnz) -> Tensor",
     lambda bits, row_start, width, nnz: bits.new_empty(nnz, dtype=column_dtype(width)),
     _columns,
+)
+# The way back: a bit for each of a row's columns.
+_bits_op = _native.define(
+    "sparse_bits(Tensor row_start, Tensor columns, int width) -> Tensor",
+    lambda row_start, columns, width: columns.new_empty(
+        row_start.shape[0] - 1, words(width), dtype=torch.int32
+    ),
+    _bits,
+)
+# int32 counts become the sums of those before them.
+_prefix_op = _native.define(
+    "sparse_prefix_(Tensor(a!) counts) -> ()",
+    lambda counts: None,
+    _prefix_,
 )

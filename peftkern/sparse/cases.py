@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from peftkern import sparse
+from peftkern import _native, sparse
 from peftkern._verdict import Case, Verdict, compare, judge
 from peftkern.sparse import ops, reference
 from peftkern.sparse.pattern import KINDS, Pattern
@@ -44,9 +44,9 @@ def cases(device: torch.device) -> Iterator[Case]:
 
 def _sddmm(kind: str, dtype: torch.dtype, device: torch.device) -> Iterator[Verdict]:
     x, grad = _random(1, TOKENS, COLUMNS).to(dtype), _random(2, TOKENS, ROWS).to(dtype)
-    for found in _patterns(kind):
+    for found, indices in _patterns(kind):
         values = sparse.sddmm(x.to(device), grad.to(device), found.to(device), SCALE)
-        yield from judge([values], _listed(reference.sddmm), x, grad, found.indices(), SCALE)
+        yield from judge([values], _listed(reference.sddmm), x, grad, indices, SCALE)
 
 
 def _sddmm_onto(kind: str, dtype: torch.dtype, device: torch.device) -> Iterator[Verdict]:
@@ -55,26 +55,26 @@ def _sddmm_onto(kind: str, dtype: torch.dtype, device: torch.device) -> Iterator
     def plain(x: Tensor, grad: Tensor, onto: Tensor, indices: Tensor) -> list[Tensor]:
         return [onto + reference.sddmm(x, grad, indices, SCALE)]
 
-    for found in _patterns(kind):
+    for found, indices in _patterns(kind):
         start = _random(3, found.nnz)
         onto = start.to(device, copy=True)
         sparse.sddmm(x.to(device), grad.to(device), found.to(device), SCALE, onto)
-        yield from judge([onto], plain, x, grad, start, found.indices())
+        yield from judge([onto], plain, x, grad, start, indices)
 
 
 def _gather(kind: str, dtype: torch.dtype, device: torch.device) -> Iterator[Verdict]:
     weight = _random(1, ROWS, COLUMNS).to(dtype)
-    for found in _patterns(kind):
+    for found, indices in _patterns(kind):
         values = sparse.gather(weight.to(device), found.to(device))
-        yield compare(values, reference.gather(weight, found.indices()))
+        yield compare(values, reference.gather(weight, indices))
 
 
 def _scatter(kind: str, dtype: torch.dtype, device: torch.device) -> Iterator[Verdict]:
-    for found in _patterns(kind):
+    for found, indices in _patterns(kind):
         weight, values = _random(1, ROWS, COLUMNS).to(dtype), _random(2, found.nnz)
         there = weight.to(device, copy=True)
         sparse.scatter_(there, values.to(device), found.to(device))
-        yield compare(there, reference.scatter(weight, values, found.indices()))
+        yield compare(there, reference.scatter(weight, values, indices))
 
 
 def _matmul(
@@ -83,11 +83,11 @@ def _matmul(
 ) -> Iterator[Verdict]:  # fmt: skip
     sides = _random(1, TOKENS, COLUMNS).to(dtype), _random(2, TOKENS, ROWS).to(dtype)
     left, beside = sides if plain is reference.matmul else sides[::-1]
-    for found in _patterns(kind):
+    for found, indices in _patterns(kind):
         values = _random(3, found.nnz)
         operand = found.to(device).operand()
         out = op(left.to(device), values.to(device), *operand, beside.to(device), SCALE)
-        rest = (left, values, found.indices(), found.shape, beside, SCALE)
+        rest = (left, values, indices, found.shape, beside, SCALE)
         yield from judge([out], _listed(plain), *rest)
 
 
@@ -96,17 +96,23 @@ def _conv2d_sddmm(kind: str, dtype: torch.dtype, device: torch.device) -> Iterat
     x, weight = _random(1, 2, CHANNELS, 9, 8), _random(2, 4, CHANNELS // groups, kh, kw)
     y = torch.nn.functional.conv2d(x, weight, None, (sh, sw), (ph, pw), (dh, dw), groups)
     x, grad = x.to(dtype), _random(3, *y.shape).to(dtype)
-    for found in _patterns(kind, 4, weight[0].numel()):
+    for found, indices in _patterns(kind, 4, weight[0].numel()):
         operand = found.to(device).operand()
         values = ops.conv2d_sddmm_op(x.to(device), grad.to(device), *operand, WINDOW, SCALE)
-        rest = (x, grad, found.indices(), WINDOW, SCALE)
+        rest = (x, grad, indices, WINDOW, SCALE)
         yield from judge([values], _listed(reference.conv2d_sddmm), *rest)
 
 
-def _patterns(kind: str, rows: int = ROWS, columns: int = COLUMNS) -> Iterator[Pattern]:
+def _patterns(
+    kind: str, rows: int = ROWS, columns: int = COLUMNS
+) -> Iterator[tuple[Pattern, Tensor]]:
+    """And their indices; made by references, so that a wrong kernel spoils its own lines alone."""
     for density in DENSITIES:
-        generator = torch.Generator().manual_seed(4)
-        yield Pattern.from_mask(torch.rand(rows, columns, generator=generator) < density, kind)
+        mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(4)) < density
+        with _native.Instead(_native.references):
+            found = Pattern.from_mask(mask, kind)
+            indices = found.indices()
+        yield found, indices
 
 
 def _listed(plain: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:

@@ -32,6 +32,8 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield case("sparse_pick", f"sparse_pick {typed}", _pick, dtype)
     yield case("sparse_tile_counts", "sparse_tile_counts", _tile_counts)
     yield case("sparse_columns", "sparse_columns", _columns)
+    yield case("sparse_bits", "sparse_bits", _bits)
+    yield case("sparse_prefix_", "sparse_prefix_", _prefix)
     yield case("sparse_compact", "sparse_compact", _compact)
 
 
@@ -73,6 +75,22 @@ def _columns(device: torch.device) -> Iterator[Verdict]:
         mask = _mask(*shape)
         args = bits.pack(mask), _starts(mask), shape[1], int(mask.sum())
         yield from _asked("sparse_columns", *args, device=device)
+
+
+def _bits(device: torch.device) -> Iterator[Verdict]:
+    for shape in SHAPES:
+        mask = _mask(*shape)
+        columns = mask.nonzero()[:, 1].to(bits.column_dtype(shape[1]))
+        yield from _asked("sparse_bits", _starts(mask), columns, shape[1], device=device)
+
+
+def _prefix(device: torch.device) -> Iterator[Verdict]:
+    for shape in SHAPES:
+        counts = torch.randint(1, 99, shape, generator=torch.Generator().manual_seed(0)).int()
+        there = counts.to(device, copy=True)
+        torch.ops.peftkern.sparse_prefix_(there)
+        flat = counts.flatten()
+        yield compare(there, (flat.cumsum(0) - flat).int().view(shape))
 
 
 def _compact(device: torch.device) -> Iterator[Verdict]:

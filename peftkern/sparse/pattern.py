@@ -92,7 +92,7 @@ class Pattern:
             raise ValueError(f"bits must be zero behind column {columns}, got one that is set")
         bits = bits.contiguous()
         counts = _bits.tile_counts(bits)
-        nnz = int(counts.sum())
+        nnz = _bits.total(counts)
         if _chosen(kind, (rows, columns), nnz) == "csr":
             return Pattern("csr", (rows, columns), nnz, _bits.csr_of(bits, columns, counts, nnz))
         tensors = (bits, _bits.prefix(counts, nnz))

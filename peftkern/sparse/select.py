@@ -7,7 +7,7 @@ come first are: in the order of the weights, row by row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peftkern import _check
-from peftkern.sparse import picking
+from peftkern.sparse import picking, scores
 from peftkern.sparse.pattern import Pattern, matrix_shape
+from peftkern.sparse.scores import Weights
 
-Weights = Mapping[str, Tensor]
 SIDES = ("<", "<=", ">", ">=")
 SCOPES = ("global", "tensor")
 
@@ -45,7 +45,7 @@ class Rule:
             ValueError: no weights, weights on several devices; nothing is selected, or more is
                 asked for than there is.
         """
-        _all(weights)
+        scores.check(weights)
         found = self._select(weights, group)
         if group is None and not any(pattern.nnz for pattern in found.values()):
             raise ValueError(f"rule must select an entry of the weights, got {self} and none")
@@ -87,9 +87,9 @@ class AbsThreshold(Rule):
         for wide in (False, True):
             own = {n: w for n, w in weights.items() if (w.dtype == torch.float64) == wide}
             if own:
-                scores = _matrices(own)
-                bits = picking.below(scores, self.threshold, self.side)
-                found.update(zip(own, picking.patterns(scores, bits), strict=True))
+                every = scores.matrices(own)
+                bits = picking.below(every, self.threshold, self.side)
+                found.update(zip(own, picking.patterns(every, bits), strict=True))
         return {name: found[name] for name in weights}
 
 
@@ -113,7 +113,7 @@ class Budget(Rule):
         _count(self.count)
 
     def _select(self, weights: Weights, group: dist.ProcessGroup | None) -> dict[str, Pattern]:
-        return _first(weights, self.count, self.largest, group)
+        return scores.first(weights, self.count, self.largest, group)
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,10 @@ class SmallestFraction(Rule):
             parts = [{name: weight} for name, weight in weights.items()]
         found: dict[str, Pattern] = {}
         for part in parts:
-            scores = _matrices(part)
-            count = round(self.fraction * _elements(scores, group))
-            picked = picking.first(scores, count, False, group)
-            found.update(zip(part, picking.patterns(scores, picked), strict=True))
+            every = scores.matrices(part)
+            count = round(self.fraction * scores.elements(every, group))
+            picked = picking.first(every, count, False, group)
+            found.update(zip(part, picking.patterns(every, picked), strict=True))
         return found
 
 
@@ -175,7 +175,7 @@ class TopGrad(Rule):
     def _select(self, weights: Weights, group: dist.ProcessGroup | None) -> dict[str, Pattern]:
         given = self.gradients
         found = {n: w.grad if given is None else given.get(n) for n, w in weights.items()}
-        return _first(_scores("gradients", found, weights), self.count, True, group)
+        return scores.first(scores.of("gradients", found, weights), self.count, True, group)
 
     def fields(self) -> dict[str, Any]:
         return {"rule": self.name, "count": self.count}
@@ -204,7 +204,7 @@ class TopScore(Rule):
 
     def _select(self, weights: Weights, group: dist.ProcessGroup | None) -> dict[str, Pattern]:
         found = {name: self.scores.get(name) for name in weights}
-        return _first(_scores("scores", found, weights), self.count, self.largest, group)
+        return scores.first(scores.of("scores", found, weights), self.count, self.largest, group)
 
     def fields(self) -> dict[str, Any]:
         return {"rule": self.name, "count": self.count, "largest": self.largest}
@@ -281,52 +281,6 @@ def from_fields(content: Mapping[str, Any]) -> Rule:
     if name not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {name!r}")
     return RULES[name](**{key: value for key, value in content.items() if key != "rule"})
-
-
-def _first(
-    weights: Weights, count: int, largest: bool, group: dist.ProcessGroup | None
-) -> dict[str, Pattern]:
-    scores = _matrices(weights)
-    elements = _elements(scores, group)
-    if count > elements:
-        raise ValueError(f"count must be at most {elements}, all elements, got {count}")
-    found = picking.first(scores, count, largest, group)
-    return dict(zip(weights, picking.patterns(scores, found), strict=True))
-
-
-def _matrices(weights: Weights) -> list[Tensor]:
-    return [w.detach().reshape(matrix_shape(w.shape)).contiguous() for w in weights.values()]
-
-
-def _elements(scores: Sequence[Tensor], group: dist.ProcessGroup | None) -> int:
-    total = sum(score.numel() for score in scores)
-    if group is None:
-        return total
-    summed = torch.tensor([total], device=scores[0].device)
-    dist.all_reduce(summed, group=group)
-    return int(summed)
-
-
-def _all(weights: Weights) -> None:
-    if not weights:
-        raise ValueError("weights must hold a tensor at least, got none")
-    first = next(iter(weights.values()))
-    for name, weight in weights.items():
-        _check.dtype(name, weight)
-        _check.device(name, weight, first)
-
-
-def _scores(kind: str, found: Mapping[str, Tensor | None], weights: Weights) -> Weights:
-    scores: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        score = found[name]
-        if score is None:
-            raise ValueError(f"{kind} must have one for {name}, got none")
-        _check.dtype(f"{kind}[{name!r}]", score)
-        _check.shape(f"{kind}[{name!r}]", score, list(weight.shape))
-        _check.device(f"{kind}[{name!r}]", score, weight)
-        scores[name] = score
-    return scores
 
 
 def _count(count: int) -> None:
