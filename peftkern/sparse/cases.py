@@ -12,7 +12,8 @@ from torch import Tensor
 from peftkern import _native, sparse
 from peftkern._verdict import Case, Verdict, compare, judge
 from peftkern.sparse import ops, reference
-from peftkern.sparse.pattern import KINDS, Pattern
+from peftkern.sparse.given import KINDS
+from peftkern.sparse.pattern import Pattern
 
 # Sizes that end within a vector, a word and a tile; a density at which kernels sample, and one at
 # which they may take the whole product.

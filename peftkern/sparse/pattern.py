@@ -16,8 +16,9 @@ from torch import Tensor
 
 from peftkern import _check
 from peftkern.sparse import bits as _bits
+from peftkern.sparse import given
+from peftkern.sparse.given import KINDS
 
-KINDS = ("csr", "bitmap")  # by the number that an op's layout has for each
 CSR_BELOW = 0.078  # as dense, 2 bytes an entry are the 0.156 that a bitmap takes of every element
 
 
@@ -83,8 +84,8 @@ class Pattern:
             TypeError: bits that are not int32.
             ValueError: a shape that does not fit, a kind that there is not, a bit behind the end.
         """
-        _kind(kind)
-        rows, columns = _shape(shape)
+        given.kind(kind)
+        rows, columns = given.shape(shape)
         _check.dtype("bits", bits, [torch.int32])
         _check.shape("bits", bits, [rows, _bits.words(columns)])
         tail = columns % _bits.WORD
@@ -114,10 +115,10 @@ class Pattern:
             ValueError: a shape that does not fit, entries out of order or given twice.
             IndexError: a column that is not there.
         """
-        _kind(kind)
-        rows, width = _shape(shape)
+        given.kind(kind)
+        rows, width = given.shape(shape)
         for name, tensor in (("row_start", row_start), ("columns", columns)):
-            _integers(name, tensor)
+            given.integers(name, tensor)
         _check.shape("row_start", row_start, [rows + 1])
         _check.shape("columns", columns, ["nnz"])
         _check.device("columns", columns, row_start)
@@ -128,7 +129,7 @@ class Pattern:
             raise ValueError(f"row_start must rise from 0 to {nnz}, got {ends[0]} to {ends[1]}")
         row = torch.arange(rows, device=columns.device).repeat_interleave(counts, output_size=nnz)
         column = columns.long()
-        _in_range("columns", column, width)
+        given.in_range("columns", column, width)
         found = _from_sorted(row, column, (rows, width), kind)
         if found is None:
             raise ValueError("columns must rise within each row, got some that do not")
@@ -150,12 +151,12 @@ class Pattern:
             ValueError: a shape that does not fit, a place given twice.
             IndexError: a place that is not there.
         """
-        _kind(kind)
-        height, width = _shape(shape)
+        given.kind(kind)
+        height, width = given.shape(shape)
         for name, tensor, size in (("rows", rows, height), ("columns", columns, width)):
-            _integers(name, tensor)
+            given.integers(name, tensor)
             _check.shape(name, tensor, ["nnz"])
-            _in_range(name, tensor.long(), size)
+            given.in_range(name, tensor.long(), size)
         _check.shape("columns", columns, [len(rows)])
         _check.device("columns", columns, rows)
         rows, columns = rows.long(), columns.long()
@@ -277,36 +278,10 @@ def _from_sorted(
     return csr if _chosen(kind, shape, nnz) == "csr" else csr.bitmap()
 
 
-def _kind(kind: str | None) -> None:
-    if kind is not None and kind not in KINDS:
-        raise ValueError(f"kind must be csr, bitmap or None, got {kind!r}")
-
-
 def _chosen(kind: str | None, shape: tuple[int, int], nnz: int) -> str:
     if kind is not None:
         return kind
     return "csr" if nnz < CSR_BELOW * shape[0] * shape[1] or nnz == 0 else "bitmap"
-
-
-def _shape(shape: Sequence[int]) -> tuple[int, int]:
-    if len(shape) != 2 or any(not isinstance(n, int) or n < 0 for n in shape):
-        raise ValueError(f"shape must be rows and columns, got {list(shape)}")
-    rows, columns = shape
-    if max(rows, columns) >= 2**31:
-        raise ValueError(f"shape must have axes that fit into 32 bits, got {list(shape)}")
-    return rows, columns
-
-
-def _integers(name: str, tensor: Tensor) -> None:
-    _check.dtype(name, tensor, [torch.int64, torch.int32, torch.uint16])
-
-
-def _in_range(name: str, index: Tensor, size: int) -> None:
-    if not len(index):
-        return
-    low, high = (int(v) for v in index.aminmax())
-    if low < 0 or high >= size:
-        raise IndexError(f"{name} must lie in [0, {size}), got {low} to {high}")
 
 
 def memory(tensor: Tensor) -> ctypes.Array[ctypes.c_char]:
