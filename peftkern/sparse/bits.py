@@ -155,3 +155,5 @@ _columns_op = _native.define(
     lambda bits, row_start, width, nnz: bits.new_empty(nnz, dtype=column_dtype(width)),
     _columns,
 )
+for _verb in ("tile_counts", "columns"):
+    _native.register_triton("sparse", _verb)
