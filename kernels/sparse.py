@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from peftkern.kernels.sparse_adamw import adamw_ as adamw_
+from peftkern.kernels.sparse_bits import columns as columns
+from peftkern.kernels.sparse_bits import tile_counts as tile_counts
 from peftkern.kernels.sparse_conv import conv2d_sddmm as conv2d_sddmm
 from peftkern.kernels.sparse_entries import gather as gather
 from peftkern.kernels.sparse_entries import scatter_ as scatter_

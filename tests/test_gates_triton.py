@@ -95,6 +95,8 @@ GATES = {
     "few_kernel": Gate(48, 2 * KB),
     "dense_kernel": Gate(88, KB),
     "adamw_kernel": Gate(216, KB),
+    "tile_counts_kernel": Gate(80, 4 * KB, (READ, COUNT)),
+    "columns_kernel": Gate(64, KB, (COUNT,)),
     ("sparse, a bitmap", "scatter_kernel"): Gate(56, KB, (COUNT,)),
     ("packed AdamW, a bitmap", "adamw_kernel"): Gate(184, KB, (COUNT,)),
     ("sampled, float32", "sddmm_kernel"): Gate(152, 20 * KB, (EXACT, COPY)),

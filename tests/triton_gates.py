@@ -185,7 +185,10 @@ def adamw(kind):
 
 
 def separate(kind):
-    """The rest of what a sparse matrix takes part in."""
+    """The rest of what a sparse matrix takes part in, and a bitmap's columns."""
+    (bits, _), (_, _, _, nnz) = sparse_operand("bitmap")
+    sparse.tile_counts(bits)
+    sparse.columns(bits, tensor(SIZE + 1, dtype=torch.int32), SIZE, nnz)
     operand = sparse_operand(kind)
     weight = tensor(SIZE, SIZE, dtype=torch.bfloat16)
     values = sparse.gather(weight, *operand)

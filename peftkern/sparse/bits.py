@@ -194,3 +194,5 @@ _prefix_op = _native.define(
     lambda counts: None,
     _prefix_,
 )
+for _verb in ("tile_counts", "columns"):
+    _native.register_triton("sparse", _verb)
