@@ -19,10 +19,11 @@ from peftkern.bottleneck.cases import cases as bottleneck_cases
 from peftkern.info import info
 from peftkern.onebit.cases import cases as onebit_cases
 from peftkern.qlora.cases import cases as qlora_cases
+from peftkern.sparse.cases import cases as sparse_cases
 
 # A family adds its own here: from a device to its cases.
 FAMILIES: tuple[Callable[[torch.device], Iterator[Case]], ...] = (
-    qlora_cases, bottleneck_cases, onebit_cases,
+    qlora_cases, bottleneck_cases, onebit_cases, sparse_cases,
 )  # fmt: skip
 
 

@@ -27,15 +27,32 @@ PEFTKERN_INLINE int64_t first_from(const Column* columns, int64_t begin, int64_t
   return begin;
 }
 
-// Columns of set bits, counted from the first word's.
-PEFTKERN_INLINE int64_t unpack(const uint32_t* words, int64_t begin, int64_t end, uint32_t* to) {
+// Columns of set bits, counted from the first word's; `to` has room for kLanes more.
+template <typename Column>
+PEFTKERN_INLINE int64_t unpack(const uint32_t* words, int64_t begin, int64_t end, Column* to) {
   int64_t count = 0;
+#if defined(__AVX512F__)
   for (int64_t w = begin; w < end; ++w) {
-    const uint32_t base = static_cast<uint32_t>((w - begin) * kWord);
-    for (uint32_t word = words[w]; word; word &= word - 1) {
-      to[count++] = base + static_cast<uint32_t>(__builtin_ctz(word));
+    for (int64_t half = 0; half < 2; ++half) {
+      const uint32_t set = words[w] >> 16 * half & 0xFFFFu;
+      const U at = lanes() + splat(static_cast<uint32_t>((w - begin) * kWord + 16 * half));
+      const __m512i found = _mm512_maskz_compress_epi32(static_cast<__mmask16>(set), __m512i(at));
+      if constexpr (sizeof(Column) == 2) {
+        narrow(to + count, U(found));
+      } else {
+        _mm512_storeu_si512(to + count, found);
+      }
+      count += __builtin_popcount(set);
     }
   }
+#else
+  for (int64_t w = begin; w < end; ++w) {
+    const int64_t base = (w - begin) * kWord;
+    for (uint32_t word = words[w]; word; word &= word - 1) {
+      to[count++] = static_cast<Column>(base + __builtin_ctz(word));
+    }
+  }
+#endif
   return count;
 }
 
@@ -59,6 +76,25 @@ PEFTKERN_INLINE void with_entries(const Pattern& pattern, int64_t row, int64_t c
   };
   if (is_small(pattern.columns)) return within(static_cast<const uint16_t*>(pattern.places));
   within(static_cast<const uint32_t*>(pattern.places));
+}
+
+// Bitmaps are read once for all blocks of tokens: the columns of as many rows as there is room for.
+// The row behind the last of them.
+template <typename A>
+inline int64_t list_rows(const Pattern& pattern, const Block& block, int64_t row,
+                         const Room<A>& room) {
+  const auto* words = static_cast<const uint32_t*>(pattern.places);
+  const int64_t width = block.column_end - block.column_begin;
+  const int64_t end = min(block.row_end, row + kListedRows);
+  uint32_t count = 0;
+  int64_t i = 0;
+  for (room.listed[0] = 0; row + i < end && count + width <= room.most_listed; ++i) {
+    count += static_cast<uint32_t>(unpack(words + (row + i) * words_of(pattern.columns),
+                                          block.column_begin / kWord, words_of(block.column_end),
+                                          room.list + count));
+    room.listed[i + 1] = count;
+  }
+  return row + i;
 }
 
 template <typename Column>

@@ -16,7 +16,7 @@ PEFTKERN_INLINE void for_each_entry(const Pattern& pattern, const Strides& strid
            column % strides.inner_size * strides.inner;
   };
   constexpr int64_t kPart = 16 * kTile;
-  uint32_t room[kPart];
+  uint32_t room[kPart + kLanes];
   for (int64_t row = begin; row < end; ++row) {
     const int64_t step = pattern.is_bitmap ? kPart : max(1, pattern.columns);
     for (int64_t column = 0; column < pattern.columns; column += step) {

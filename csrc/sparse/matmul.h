@@ -65,7 +65,7 @@ void matmul(const Pattern& pattern, const Block& block, const Operand<T>& x, con
             int64_t begin, int64_t end, const Room<A>& room) {
   for (int64_t token = begin; token < end; token += room.length) {
     const int64_t tokens = min(room.length, end - token), lanes = round_up(tokens);
-    fill(x, token, tokens, 0, pattern.columns, room, room.panel);
+    fill(x, token, tokens, 0, pattern.columns, room.length, room.panel);
     for (int64_t row = block.row_begin; row < block.row_end; row += kStrip) {
       const int64_t rows = min(kStrip, block.row_end - row);
       for (int64_t i = 0; i < rows; ++i) {
@@ -106,7 +106,7 @@ void matmul_t(const Pattern& pattern, const Block& block, const Operand<T>& grad
     for (int64_t i = 0; i < width * room.length; ++i) room.panel[i] = 0;
     for (int64_t row = 0; row < pattern.rows; row += kStrip) {
       const int64_t rows = min(kStrip, pattern.rows - row);
-      fill(grad, token, tokens, row, rows, room, room.strip);
+      fill(grad, token, tokens, row, rows, room.length, room.strip);
       for (int64_t i = 0; i < rows; ++i) {
         const A* from = room.strip + i * room.length;
         const auto add = [&](const auto* columns, int64_t base, int64_t count, int64_t first) {

@@ -50,12 +50,13 @@ const A* values_of(const Tensor& values, const Pattern& pattern) {
 
 // How a matrix of outputs is cut: so that the operand of a block of columns stays in a core's own
 // cache, and so that every thread has as many blocks as the others.
-struct Plan {
+class Plan {
+ public:
   int64_t length;               // tokens of a block
   int64_t width;                // columns of a block
   int64_t blocks, parts, part;  // of columns; of rows; rows of a part
 
-  static constexpr int64_t kPanel = int64_t{1} << 20, kLength = 128;
+  static constexpr int64_t kPanel = int64_t{1} << 20, kLength = 128, kListed = int64_t{1} << 19;
 
   Plan(int64_t rows, int64_t columns, int64_t tokens, int64_t size) {
     length = std::min(kLength, std::max(kLanes, round_up(tokens, kLanes)));
@@ -68,6 +69,18 @@ struct Plan {
     part = round_up((rows + parts - 1) / parts, kStrip);
   }
 
+  // For the library: the same cuts for any number of threads, and more than one, so that each
+  // product runs in one thread and its bits depend on none.
+  static Plan dense(int64_t rows, int64_t columns, int64_t tokens) {
+    Plan plan;
+    plan.length = std::min<int64_t>(512, std::max(kLanes, round_up(tokens, kLanes)));
+    plan.width = std::min<int64_t>(1024, std::max(kTile, round_up(columns, kTile)));
+    plan.blocks = std::max<int64_t>(1, (columns + plan.width - 1) / plan.width);
+    plan.part = std::max<int64_t>(1, std::min<int64_t>(512, (rows + 1) / 2));
+    plan.parts = (rows + plan.part - 1) / plan.part;
+    return plan;
+  }
+
   static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
   int64_t tasks() const { return blocks * parts; }
   Block block(int64_t task, int64_t rows, int64_t columns) const {
@@ -75,12 +88,21 @@ struct Plan {
     return {std::min(row, rows), std::min(row + part, rows), column,
             std::min(column + width, columns)};
   }
+
+ private:
+  Plan() = default;
 };
 
+// The room of one thread; `listed` is that of as many entries of a bitmap.
 template <typename A>
-Room<A> room_for(int64_t length, int64_t width, Scratch& scratch) {
-  return {length, scratch.take<A>(width * length), scratch.take<A>(kStrip * length),
-          scratch.take<uint32_t>(Plan::round_up(width, kWord))};
+Room<A> room_for(int64_t length, int64_t width, int64_t listed, Scratch& scratch) {
+  return {length,
+          scratch.take<A>(width * length),
+          scratch.take<A>(kStrip * length),
+          scratch.take<uint32_t>(Plan::round_up(width, kWord) + kLanes),
+          listed ? scratch.take<uint16_t>(listed + kLanes) : nullptr,
+          listed ? scratch.take<uint32_t>(kListedRows + 1) : nullptr,
+          listed};
 }
 
 }  // namespace peftkern::sparse

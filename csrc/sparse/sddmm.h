@@ -43,31 +43,48 @@ PEFTKERN_INLINE void dots(const A* grad, const A* x, const Column* columns, int6
   if (k < count) dots_of<1>(grad, x, columns + k, length, tokens, scale, add, values + k);
 }
 
-// X and G know how to fill a panel: matrices, or a convolution's window and its outputs.
+// Rows of one block whose entries are at hand. X and G know how to fill a panel: matrices, or a
+// convolution's window and its outputs.
 template <typename X, typename G, typename A>
-PEFTKERN_INLINE void sample(const Pattern& pattern, const Block& block, const X& x, const G& grad,
-                            const Sampled<A>& io, const Room<A>& room) {
+PEFTKERN_INLINE void sample_rows(const Pattern& pattern, const Block& block, const X& x,
+                                 const G& grad, const Sampled<A>& io, const Room<A>& room) {
   const int64_t width = block.column_end - block.column_begin;
   bool add = io.add;
   int64_t token = 0;
   do {  // once without any token, for values that are zero then
     const int64_t tokens = min(room.length, io.tokens - token);
-    fill(x, token, tokens, block.column_begin, width, room, room.panel);
+    fill(x, token, tokens, block.column_begin, width, room.length, room.panel);
     for (int64_t row = block.row_begin; row < block.row_end; row += kStrip) {
       const int64_t rows = min(kStrip, block.row_end - row);
-      fill(grad, token, tokens, row, rows, room, room.strip);
+      fill(grad, token, tokens, row, rows, room.length, room.strip);
       for (int64_t i = 0; i < rows; ++i) {
-        with_entries(pattern, row + i, block.column_begin, block.column_end, room.places,
-                     [&](const auto* columns, int64_t base, int64_t count, int64_t first) {
-                       const A* panel = room.panel + (base - block.column_begin) * room.length;
-                       dots(room.strip + i * room.length, panel, columns, count, room.length,
-                            round_up(tokens), io.scale, add, io.values + first);
-                     });
+        const auto dot = [&](const auto* columns, int64_t base, int64_t count, int64_t first) {
+          const A* panel = room.panel + (base - block.column_begin) * room.length;
+          dots(room.strip + i * room.length, panel, columns, count, room.length, round_up(tokens),
+               io.scale, add, io.values + first);
+        };
+        if (pattern.is_bitmap) {
+          const uint32_t* at = room.listed + row + i - block.row_begin;
+          const int64_t tile = (row + i) * tiles_of(pattern.columns) + block.column_begin / kTile;
+          dot(room.list + at[0], block.column_begin, at[1] - at[0], position(pattern, tile));
+        } else {
+          with_entries(pattern, row + i, block.column_begin, block.column_end, room.places, dot);
+        }
       }
     }
     add = true;
     token += room.length;
   } while (token < io.tokens);
+}
+
+template <typename X, typename G, typename A>
+PEFTKERN_INLINE void sample(const Pattern& pattern, const Block& block, const X& x, const G& grad,
+                            const Sampled<A>& io, const Room<A>& room) {
+  for (int64_t row = block.row_begin; row < block.row_end;) {
+    const int64_t end = pattern.is_bitmap ? list_rows(pattern, block, row, room) : block.row_end;
+    sample_rows(pattern, {row, end, block.column_begin, block.column_end}, x, grad, io, room);
+    row = end;
+  }
 }
 
 template <typename T, typename A>
@@ -80,6 +97,29 @@ template <typename T, typename A>
 void conv2d_sddmm(const Pattern& pattern, const Block& block, const Window<T>& x,
                   const Images<T>& grad, const Sampled<A>& io, const Room<A>& room) {
   sample(pattern, block, x, grad, io, room);
+}
+
+// Where a product is dense: one operand of a panel; and what a pattern takes of the panel.
+template <typename X, typename A>
+void turned(const X& x, int64_t token, int64_t tokens, int64_t first, int64_t count, int64_t length,
+            A* to) {
+  fill(x, token, tokens, first, count, length, to);
+}
+
+template <typename A>
+void collect(const Pattern& pattern, const Block& block, const A* panel, const Sampled<A>& io,
+             uint32_t* places) {
+  const int64_t width = block.column_end - block.column_begin;
+  for (int64_t row = block.row_begin; row < block.row_end; ++row, panel += width) {
+    with_entries(pattern, row, block.column_begin, block.column_end, places,
+                 [&](const auto* columns, int64_t base, int64_t count, int64_t first) {
+                   const A* from = panel + base - block.column_begin;
+                   A* to = io.values + first;
+                   for (int64_t k = 0; k < count; ++k) {
+                     to[k] = (io.add ? to[k] : A(0)) + io.scale * from[columns[k]];
+                   }
+                 });
+  }
 }
 
 }  // namespace peftkern::sparse::PEFTKERN_ISA

@@ -71,15 +71,20 @@ struct Images {
   int64_t out_height, out_width;
 };
 
+inline constexpr int64_t kLanes = 16, kStrip = 16, kListedRows = 4096;
+
 // Tokens of a block, and the memory of one call.
 template <typename A>
 struct Room {
   int64_t length;  // a multiple of kLanes
   A* panel;        // [columns of the block, length]: the operand, turned so that tokens lie in rows
   A* strip;        // [kStrip, length]: some rows of the other operand
-  uint32_t* places;  // [columns of the block]: the columns of one row's entries
+  uint32_t* places;  // [columns of the block + kLanes]: the columns of one row's entries
+  // Of sddmm and a bitmap: the columns of many rows' entries, and where each row's begin.
+  uint16_t* list;    // [most_listed + kLanes], at least the columns of the block
+  uint32_t* listed;  // [kListedRows + 1]
+  int64_t most_listed;
 };
-inline constexpr int64_t kLanes = 16, kStrip = 16;
 
 template <typename A>
 struct Sampled {
@@ -111,6 +116,17 @@ struct TypedKernels {
   // Rows of one group, whose first channel the window begins with.
   void (*conv2d_sddmm)(const Pattern& pattern, const Block& block, const Window<T>& x,
                        const Images<T>& grad, const Sampled<A>& io, const Room<A>& room);
+  // The same by the library's product, where it is faster: to[c * length + m] = x[token + m,
+  // first + c] of `tokens` and `count`; and what a pattern takes of the product of a block.
+  double dense_from;  // the density
+  void (*turn)(const Operand<T>& x, int64_t token, int64_t tokens, int64_t first, int64_t count,
+               int64_t length, A* to);
+  void (*turn_window)(const Window<T>& x, int64_t token, int64_t tokens, int64_t first,
+                      int64_t count, int64_t length, A* to);
+  void (*turn_images)(const Images<T>& x, int64_t token, int64_t tokens, int64_t first,
+                      int64_t count, int64_t length, A* to);
+  void (*collect)(const Pattern& pattern, const Block& block, const A* product,
+                  const Sampled<A>& io, uint32_t* places);
   // Rows of the block, for tokens [begin, end); and its columns.
   void (*matmul)(const Pattern& pattern, const Block& block, const Operand<T>& x,
                  const Beside<T, A>& io, int64_t begin, int64_t end, const Room<A>& room);

@@ -18,14 +18,46 @@ void check_pair(const Tensor& x, const Tensor& grad) {
                   "x and grad must have as many rows");
 }
 
-// Calls f(kernels, block, room) for every block of a plan.
-template <typename A, typename Function>
-void for_each_block(const Plan& plan, int64_t rows, int64_t columns, int64_t work,
-                    const Function& f) {
-  parallel(plan.tasks(), work / plan.tasks() + 1, [&](int64_t begin, int64_t end) {
+// Rows [first_row, first_row + rows) of the pattern, by the kernel or by the library, whichever the
+// density makes faster. `sample(block, room)` calls the kernel; `left` and `right` turn an operand:
+// (token, tokens, first column, columns, length, to).
+template <typename A, typename Sample, typename Left, typename Right, typename Collect>
+void by_density(const Pattern& pattern, int64_t first_row, int64_t rows, double dense_from,
+                const Sampled<A>& io, const Sample& sample, const Left& left, const Right& right,
+                const Collect& collect) {
+  const bool dense = static_cast<double>(pattern.nnz) >=
+                     dense_from * static_cast<double>(pattern.rows) * pattern.columns;
+  const Plan plan = dense ? Plan::dense(rows, pattern.columns, io.tokens)
+                          : Plan(rows, pattern.columns, io.tokens, sizeof(A));
+  const int64_t share = pattern.nnz / std::max<int64_t>(1, pattern.rows / rows);
+  parallel(plan.tasks(), share * io.tokens / kLanes / plan.tasks() + 1, [&](int64_t b, int64_t e) {
     Scratch scratch;
-    const Room<A> room = room_for<A>(plan.length, plan.width, scratch);
-    for (int64_t task = begin; task < end; ++task) f(plan.block(task, rows, columns), room);
+    const int64_t listed = pattern.is_bitmap && !dense ? Plan::kListed : 0;
+    const Room<A> room = room_for<A>(plan.length, plan.width, listed, scratch);
+    A* strip = dense ? scratch.take<A>(plan.part * plan.length) : nullptr;
+    A* product = dense ? scratch.take<A>(plan.part * plan.width) : nullptr;
+    for (int64_t task = b; task < e; ++task) {
+      Block block = plan.block(task, rows, pattern.columns);
+      block.row_begin += first_row, block.row_end += first_row;
+      if (!dense) {
+        sample(block, room);
+        continue;
+      }
+      const int64_t height = block.row_end - block.row_begin;
+      const int64_t width = block.column_end - block.column_begin;
+      const ScalarType dtype = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
+      const Matrix out = Matrix::dense(product, dtype, height, width);
+      if (io.tokens == 0) clear(out);
+      for (int64_t token = 0; token < io.tokens; token += plan.length) {
+        const int64_t tokens = std::min(plan.length, io.tokens - token);
+        left(token, tokens, block.column_begin, width, plan.length, room.panel);
+        right(token, tokens, block.row_begin, height, plan.length, strip);
+        const Matrix x{reinterpret_cast<char*>(room.panel), dtype, tokens, width, 1, plan.length};
+        const Matrix grad{reinterpret_cast<char*>(strip), dtype, height, tokens, plan.length};
+        multiply(out, grad, x, token > 0);
+      }
+      collect(pattern, block, product, io, room.places);
+    }
   });
 }
 
@@ -40,11 +72,13 @@ void sddmm_into(void* values, const Tensor& x, const Tensor& grad, const Pattern
     const auto right = operand_of<T>(grad, "grad", pattern.rows);
     const int64_t tokens = x.size(0);
     const Sampled<A> io{tokens, static_cast<A>(scale), add, static_cast<A*>(values)};
-    const Plan plan(pattern.rows, pattern.columns, tokens, sizeof(A));
-    for_each_block<A>(plan, pattern.rows, pattern.columns, pattern.nnz * tokens / kLanes,
-                      [&](const Block& block, const Room<A>& room) {
-                        typed.sddmm(pattern, block, left, right, io, room);
-                      });
+    by_density<A>(
+        pattern, 0, pattern.rows, typed.dense_from, io,
+        [&](const Block& block, const Room<A>& room) {
+          typed.sddmm(pattern, block, left, right, io, room);
+        },
+        [&](auto... where) { typed.turn(left, where...); },
+        [&](auto... where) { typed.turn(right, where...); }, typed.collect);
   });
 }
 
@@ -142,15 +176,16 @@ Tensor conv2d_sddmm(const Tensor& x, const Tensor& grad, std::vector<Tensor> ten
     using A = SumOf<T>;
     const Sampled<A> io{tokens, static_cast<A>(scale), false,
                         static_cast<A*>(values.mutable_data_ptr())};
-    const Plan plan(c.rows, pattern.columns, tokens, sizeof(A));
+    const Images<T> right = images_of<T>(grad);
     for (int64_t group = 0; group < c.groups; ++group) {
       const Window<T> left = window_of<T>(c, x, grad, group);
-      const Images<T> right = images_of<T>(grad);
-      for_each_block<A>(plan, c.rows, pattern.columns, pattern.nnz * tokens / kLanes / c.groups,
-                        [&](Block block, const Room<A>& room) {
-                          block.row_begin += group * c.rows, block.row_end += group * c.rows;
-                          typed.conv2d_sddmm(pattern, block, left, right, io, room);
-                        });
+      by_density<A>(
+          pattern, group * c.rows, c.rows, typed.dense_from, io,
+          [&](const Block& block, const Room<A>& room) {
+            typed.conv2d_sddmm(pattern, block, left, right, io, room);
+          },
+          [&](auto... where) { typed.turn_window(left, where...); },
+          [&](auto... where) { typed.turn_images(right, where...); }, typed.collect);
     }
   });
   return values;

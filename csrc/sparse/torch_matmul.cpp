@@ -58,7 +58,7 @@ Tensor matmul(const Tensor& x, const Tensor& values, std::vector<Tensor> tensors
     const int64_t part = Plan::round_up((pattern.rows + parts - 1) / parts, kStrip);
     parallel(turns * parts, pattern.nnz * length / kLanes / parts + 1, [&](int64_t b, int64_t e) {
       Scratch scratch;
-      const Room<A> room = room_for<A>(length, pattern.columns, scratch);
+      const Room<A> room = room_for<A>(length, pattern.columns, 0, scratch);
       for (int64_t task = b; task < e; ++task) {
         const int64_t token = task / parts * length,
                       row = std::min(task % parts * part, pattern.rows);
@@ -86,7 +86,7 @@ Tensor matmul_t(const Tensor& grad, const Tensor& values, std::vector<Tensor> te
     const int64_t work = pattern.nnz * plan.length / kLanes / plan.blocks + 1;
     parallel(turns * plan.blocks, work, [&](int64_t b, int64_t e) {
       Scratch scratch;
-      const Room<A> room = room_for<A>(plan.length, plan.width, scratch);
+      const Room<A> room = room_for<A>(plan.length, plan.width, 0, scratch);
       for (int64_t task = b; task < e; ++task) {
         const int64_t token = task / plan.blocks * plan.length;
         const int64_t column = task % plan.blocks * plan.width;

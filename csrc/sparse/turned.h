@@ -159,8 +159,8 @@ PEFTKERN_INLINE Operand<T> part_of(const Operand<T>& x, int64_t token, int64_t c
 // How a kernel's operands get there: columns from `column` on, for a block of tokens.
 template <typename T, typename A>
 PEFTKERN_INLINE void fill(const Operand<T>& x, int64_t token, int64_t tokens, int64_t column,
-                          int64_t columns, const Room<A>& room, A* to) {
-  turn(part_of(x, token, column), tokens, columns, to, room.length);
+                          int64_t columns, int64_t length, A* to) {
+  turn(part_of(x, token, column), tokens, columns, to, length);
 }
 
 }  // namespace peftkern::sparse::PEFTKERN_ISA

@@ -38,8 +38,8 @@ PEFTKERN_INLINE void copy(const T* from, int64_t stride, int64_t count, float* t
 
 template <typename T, typename A>
 inline void fill(const Images<T>& grad, int64_t token, int64_t tokens, int64_t row, int64_t rows,
-                 const Room<A>& room, A* to) {
-  for (int64_t i = 0; i < rows; ++i, to += room.length) {
+                 int64_t length, A* to) {
+  for (int64_t i = 0; i < rows; ++i, to += length) {
     const T* plane = grad.data + (row + i) * grad.channel_stride;
     for_each_run(
         token, tokens, grad.out_height, grad.out_width,
@@ -62,9 +62,9 @@ PEFTKERN_INLINE void clip(int64_t step, int64_t offset, int64_t size, int64_t& b
 
 template <typename T, typename A>
 inline void fill(const Window<T>& x, int64_t token, int64_t tokens, int64_t column, int64_t columns,
-                 const Room<A>& room, A* to) {
+                 int64_t length, A* to) {
   const int64_t taps = x.kernel_height * x.kernel_width;
-  for (int64_t j = column; j < column + columns; ++j, to += room.length) {
+  for (int64_t j = column; j < column + columns; ++j, to += length) {
     const int64_t channel = j / taps, r = j % taps / x.kernel_width, s = j % x.kernel_width;
     const int64_t off_row = r * x.down - x.above, off_column = s * x.right - x.left;
     const T* plane = x.data + channel * x.channel_stride;

@@ -140,6 +140,8 @@ def scatter_(weight: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
         scatter_op(target, values.to(sums).contiguous(), *pattern.operand())
         if target is not weight:
             weight.copy_(target)
+        else:  # what no op of a library's own does: a backward behind this must know of it
+            torch.autograd.graph.increment_version(weight)
     return weight
 
 
