@@ -72,8 +72,8 @@ emulated: $(VENV)/.test
 	cmake -S . -B build/emulated -G Ninja $(PACKAGE)
 	cmake --build build/emulated --target peftkern_emulated_races
 	PEFTKERN_EXAMPLES=5 PEFTKERN_EMULATED_LIBRARY=build/emulated/_emulated_races.so \
-	  python -m pytest tests/test_kernels_*_cuda.py tests/test_qlora*.py tests/test_selftest.py \
-	  -k 'cuda.py or emulated'
+	  python -m pytest tests/test_kernels_*_cuda.py tests/test_qlora*.py tests/test_sparse.py \
+	  tests/test_selftest.py -k 'cuda.py or emulated'
 
 # The ops from Python, in an interpreter that knows nothing of sanitizers: their runtime has to be
 # there first. Leaks are Python's own. What ends the process must not lie in pytest's hands.
