@@ -78,7 +78,13 @@ emulated: $(VENV)/.test
 	cmake --build build/emulated --target peftkern_emulated_races
 	PEFTKERN_EXAMPLES=5 PEFTKERN_EMULATED_LIBRARY=build/emulated/_emulated_races.so \
 	  python -m pytest $(WORKERS) tests/test_kernels_*_cuda.py tests/test_qlora*.py \
-	  tests/test_onebit_linear.py tests/test_selftest.py -k 'cuda.py or emulated'
+	  tests/test_onebit_linear.py tests/test_sparse.py tests/test_selftest.py \
+	  -k 'cuda.py or emulated'
+
+# What calls ops by themselves; layers, files and demos call nothing else.
+OF_OPS = $(patsubst %,tests/test_%.py,kernels_*_cuda qlora* bottleneck* onebit \
+  $(addprefix onebit_,adapter degenerate gradient linear machinery refuses) sparse \
+  $(addprefix sparse_,adamw linear machinery pattern refuses select))
 
 # The ops from Python, in an interpreter that knows nothing of sanitizers: their runtime has to be
 # there first. Leaks are Python's own. What ends the process must not lie in pytest's hands.
@@ -88,8 +94,7 @@ pytest-sanitize: $(VENV)/.test
 	PEFTKERN_EXAMPLES=5 PEFTKERN_LIBRARY=build/sanitize/_ops.so \
 	  PEFTKERN_EMULATED_LIBRARY=build/sanitize/_emulated.so ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  python -m pytest $(WORKERS) --capture=sys tests/test_kernels_*_cuda.py tests/test_qlora*.py \
-	  tests/test_bottleneck*.py tests/test_onebit*.py -k 'not compile and not triton'
+	  python -m pytest $(WORKERS) --capture=sys $(OF_OPS) -k 'not compile and not triton'
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

@@ -2,7 +2,8 @@
 
     values[e] = scale * sum over m of grad[m, i] x[m, j],  entry e of the pattern lying at (i, j)
 
-Tokens may be cut into splits, whose sums a second launch adds up in their order.
+Tokens may be cut into splits, whose sums a second launch adds up in their order. Where a csr has
+few entries, a kernel in CUDA makes those products alone, if there is one.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern import _native
 from peftkern.kernels import qlora_paths as paths
 from peftkern.kernels.common import dot
 from peftkern.kernels.qlora_forward import add_up
+from peftkern.kernels.sparse_paths import samples
 from peftkern.kernels.sparse_tiles import Operand, bits_of, find, row_span, words_at
 from peftkern.sparse import fallback
 
@@ -165,6 +168,10 @@ def _product(
 ) -> None:  # fmt: skip
     operand = Operand.of(pattern, layout)
     if operand.nnz == 0:
+        return
+    sampled = operand.csr and _native.serves("sparse_sample_", x.device.type)
+    if sampled and samples(x.device, x.dtype, operand.rows, operand.columns, operand.nnz):
+        torch.ops.peftkern.sparse_sample_(values, x, grad, pattern, layout, scale, add)
         return
     x, grad = readable(x), readable(grad)
     inputs = len(x)

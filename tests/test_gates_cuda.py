@@ -20,6 +20,7 @@ SOURCES = sorted(CSRC.glob("*/cuda*.cu"))
 
 MATRIX = ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128")
 PLAIN = ("FFMA", "LDGSTS.E.BYPASS.128")
+SUMS = ("LDG.E.128", "FFMA", "SHFL.BFLY")
 WIDE_LOADS, WIDE_STORES = ("LDG.E.128",), ("STG.E.128",)
 
 
@@ -87,6 +88,10 @@ GATES = {
     "bits_join f32": Gate(32, 0, ("LDG.E",)),
     "join half": Gate(32, 0, ("LDG.E",)),
     "join f32": Gate(32, 0, ("LDG.E",)),
+    "turn half": Gate(40, 8448, ("STS", "LDS", "STG.E")),
+    "turn f32": Gate(40, 8448, ("STS", "LDS", "STG.E")),
+    "sample half": Gate(64, 0, SUMS),
+    "sample f32": Gate(64, 0, SUMS),
 }
 
 

@@ -13,7 +13,7 @@ triton_sparse = pytest.importorskip("peftkern.kernels.sparse", reason="needs tri
 from launchers import DTYPES, SIZES, on  # noqa: E402
 
 from peftkern.kernels import qlora_paths as paths  # noqa: E402
-from peftkern.kernels import sparse_matmul, sparse_sddmm, sparse_tiles  # noqa: E402
+from peftkern.kernels import sparse_matmul, sparse_paths, sparse_sddmm, sparse_tiles  # noqa: E402
 
 COLUMNS = st.one_of(SIZES, st.sampled_from([128, 200, 300]))
 DENSITIES = st.sampled_from([0.0, 0.02, 0.3, 1.0])
@@ -85,6 +85,21 @@ def test_every_tile_of_the_table_gives_the_reference(device, kind, dtype):
             with paths.forced(tile=tile._replace(splits=2)):
                 values = triton_sparse.sddmm(x, grad, *pattern.operand(), 1.0)
             assert_as_good(values, reference.sddmm, x, grad, pattern.indices())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "most"), [("sm90", 8500), ("sm80", 15000), ("sm75", 8500)]
+)
+def test_density_decides_whether_products_are_sampled(architecture, most, monkeypatch):
+    monkeypatch.setattr(sparse_paths, "architecture", lambda device: architecture)
+    gpu = torch.device("cuda:0")
+    half, single = torch.bfloat16, torch.float32
+    samples = sparse_paths.samples
+    assert samples(gpu, half, 1000, 1000, most) and samples(gpu, single, 1000, 1000, most)
+    assert not samples(gpu, half, 1000, 1000, most + 1)
+    assert not samples(gpu, single, 1000, 1000, 10 * most)
+    width = sparse_paths.WIDTH
+    assert samples(gpu, half, 8, width - 8, 9) and not samples(gpu, half, 8, width - 7, 9)
 
 
 def test_the_same_call_gives_the_same_bits(device):

@@ -21,7 +21,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.ops("sparse_sddmm")
+@pytest.mark.ops("sparse_sddmm", "sparse_sample_")
 @given(
     tokens=TOKENS, rows=SIZES, columns=WIDTHS, density=DENSITIES, kind=KIND, dtype=DTYPE,
     layouts=st.tuples(st.sampled_from([*LAYOUTS]), st.sampled_from([*LAYOUTS])),
@@ -35,7 +35,7 @@ def test_sddmm_is_the_reference(isa, tokens, rows, columns, density, kind, dtype
     assert_as_good(values, reference.sddmm, x, grad, found.indices(), 0.5)
 
 
-@pytest.mark.ops("sparse_sddmm")
+@pytest.mark.ops("sparse_sddmm", "sparse_sample_")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sddmm_sums_in_float32_whatever_comes_in(isa, dtype):
     """The bound of the method: 1e-5 sqrt(M) max|x| max|grad|, also where sums are long."""
@@ -66,7 +66,7 @@ def test_a_full_mask_gives_the_whole_gradient(isa):
     torch.testing.assert_close(values.view(33, 70), grad.t() @ x, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.ops("sparse_sddmm", "sparse_sddmm_")
+@pytest.mark.ops("sparse_sddmm", "sparse_sddmm_", "sparse_sample_")
 @given(
     tokens=TOKENS, rows=SIZES, columns=WIDTHS, density=DENSITIES, kind=KIND, dtype=DTYPE,
 )  # fmt: skip
@@ -95,7 +95,7 @@ def test_two_half_batches_are_the_whole_one(isa):
     torch.testing.assert_close(half, whole, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.ops("sparse_sddmm")
+@pytest.mark.ops("sparse_sddmm", "sparse_sample_")
 def test_values_follow_their_entries(isa):
     """In whatever order entries are given, and whatever else is in their row."""
     x, grad = normal(1, 20, 70), normal(2, 20, 9)

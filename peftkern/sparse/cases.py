@@ -41,6 +41,9 @@ def cases(device: torch.device) -> Iterator[Case]:
             for dtype in DTYPES:
                 name = f"{words} {kind} {str(dtype).removeprefix('torch.')}"
                 yield Case(name, (op,), partial(verdicts, kind, dtype, device))
+    for dtype in DTYPES:
+        name = f"sparse_sample_ csr {str(dtype).removeprefix('torch.')}"
+        yield Case(name, ("sparse_sample_",), partial(_sample, dtype, device))
 
 
 def _sddmm(kind: str, dtype: torch.dtype, device: torch.device) -> Iterator[Verdict]:
@@ -61,6 +64,18 @@ def _sddmm_onto(kind: str, dtype: torch.dtype, device: torch.device) -> Iterator
         onto = start.to(device, copy=True)
         sparse.sddmm(x.to(device), grad.to(device), found.to(device), SCALE, onto)
         yield from judge([onto], plain, x, grad, start, indices)
+
+
+def _sample(dtype: torch.dtype, device: torch.device) -> Iterator[Verdict]:
+    """What a GPU's launchers of both call for few entries."""
+    x, grad = _random(1, TOKENS, COLUMNS).to(dtype), _random(2, TOKENS, ROWS).to(dtype)
+    for found in _patterns("csr"):
+        values = torch.full([found.nnz], torch.nan, device=device)
+        operand = found.to(device).operand()
+        torch.ops.peftkern.sparse_sample_(
+            values, x.to(device), grad.to(device), *operand, SCALE, False
+        )
+        yield from judge([values], _listed(reference.sddmm), x, grad, found.indices(), SCALE)
 
 
 def _gather(kind: str, dtype: torch.dtype, device: torch.device) -> Iterator[Verdict]:

@@ -35,6 +35,13 @@ def sddmm_(
         values[entries] += scale * dense[row - rows.start, column]
 
 
+def sample_(
+    values: Tensor, x: Tensor, grad: Tensor, pattern: Sequence[Tensor], layout: Sequence[int],
+    scale: float, add: bool,
+) -> None:  # fmt: skip
+    sddmm_(values if add else values.zero_(), x, grad, pattern, layout, scale)
+
+
 def gather(weight: Tensor, pattern: Sequence[Tensor], layout: Sequence[int]) -> Tensor:
     sums = torch.promote_types(weight.dtype, torch.float32)
     values = weight.new_empty(layout[3], dtype=sums)

@@ -33,6 +33,14 @@ sddmm_onto_op = _native.define(
     lambda values, x, grad, pattern, layout, scale: None,
     fallback.sddmm_,
 )
+# What the launchers of both call on a GPU where a csr has few entries; no float64.
+_native.define(
+    "sparse_sample_(Tensor(a!) values, Tensor x, Tensor grad, Tensor[] pattern, int[] layout, "
+    "float scale, bool add) -> ()",
+    lambda values, x, grad, pattern, layout, scale, add: None,
+    fallback.sample_,
+    devices=("cuda",),
+)
 # A weight of any number of axes, dense or channels last; its values are rounded to its dtype.
 gather_op = _native.define(
     "sparse_gather(Tensor weight, Tensor[] pattern, int[] layout) -> Tensor",
