@@ -47,6 +47,14 @@ def test_sddmm_sums_in_float32_whatever_comes_in(isa, dtype):
 
 
 @pytest.mark.ops("sparse_sddmm")
+def test_a_matrix_without_columns_or_rows_has_no_gradient(isa):
+    for rows, columns in ((5, 0), (0, 5)):
+        found = pattern(rows, columns, 1.0)
+        values = sparse.sddmm(torch.ones(2, 3, columns), torch.ones(2, 3, rows), found)
+        assert values.shape == (0,)
+
+
+@pytest.mark.ops("sparse_sddmm")
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_of_all_densities_agree(isa, kind):
     """Sampled, and dense in panels: sizes are no multiple of a tile."""

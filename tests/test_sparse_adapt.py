@@ -172,6 +172,15 @@ def test_a_tied_weight_has_one_support_for_both_its_uses():
     assert torch.equal(model(tokens()), other(tokens()))
 
 
+def test_a_tied_weight_without_a_selected_entry_stays_plain():
+    model = toy(tied=True)
+    weight = model.layers[0].q_proj.weight
+    rule = {"layers.0.q_proj.weight": torch.ones_like(weight, dtype=torch.bool)}
+    peftkern.adapt(model, SparseConfig(rule, target_modules=["embed", "q_proj", "lm_head"]))
+    assert [support.name for support in supports(model)] == ["layers.0.q_proj.weight"]
+    assert model.lm_head.weight is model.embed.weight
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_scaling_goes_from_the_base_through_the_adapter_and_beyond(form):
     plain, model = toy(), moved(adapted(form))

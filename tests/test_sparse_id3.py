@@ -217,6 +217,25 @@ def test_a_copy_of_the_model_tells_nobody(tmp_path):
     assert len(optimizer._collector.found.scores) == 20
 
 
+@pytest.mark.parametrize("clips", [False, True])
+def test_scaled_gradients_are_refused_before_anything_changes(clips):
+    """Those of the entries that come in would keep the scale."""
+    model = zoo()
+    optimizer = Id3AdamW(model, 40, 2)
+    before = copy.deepcopy(model.state_dict())
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(model, batches()[0])).backward()
+    if clips:
+        scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match="gradients must not be scaled, got them from a GradSc"):
+        scaler.step(optimizer)
+    assert_equal(model.state_dict(), before)
+    assert optimizer.steps == optimizer.selected == 0
+    optimizer.zero_grad()
+    train(model, optimizer)
+    assert optimizer.selected == 40
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from sparse_models import BATCHES, assert_equal, dense, loss_of, masked_training, zoo
+from torch import nn
 
 from peftkern.sparse import import_sara
 from peftkern.sparse.support import supports
@@ -45,6 +46,18 @@ def test_what_was_learned_can_be_scaled():
     for name, tensor in dense(model).items():
         wanted = (dense(base)[name] + dense(trained)[name]) / 2
         torch.testing.assert_close(tensor, wanted, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="scale must be finite, got nan"):
+        import_sara(base, published(base, trained), scale=float("nan"))
+    assert not supports(base)
+
+
+def test_channels_may_come_last():
+    base = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+    trained = copy.deepcopy(base)
+    with torch.no_grad():
+        trained.weight[base.weight.abs() < THRESHOLD] *= 2
+    model = import_sara(copy.deepcopy(base), published(base, trained))
+    assert torch.equal(model.weight, trained.weight)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +68,7 @@ def test_what_was_learned_can_be_scaled():
         (lambda c: c | {99: c[0]}, ValueError, "path must hold values by number, .* got 99"),
         (lambda c: c | {"step": 3}, ValueError, "got 'step'"),
         (lambda c: c | {0: c[0].int()}, TypeError, "path must hold float tensors"),
+        (lambda c: {k: v for k, v in c.items() if k != "threshold"}, ValueError, "its threshold"),
         (lambda c: c | {"threshold": 1e-12}, ValueError, "path must hold 0 values|got none"),
     ],
 )

@@ -161,6 +161,42 @@ def test_a_forward_behind_the_step_writes_nothing_again(monkeypatch):
     loss_of(model, batches()[0])
 
 
+def test_a_state_from_before_the_reselection_lets_all_entries_train_again(monkeypatch):
+    """As processes reselect, which leave the others in their places without a gradient."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    model = zoo()
+    optimizer = SaraAdamW(model, THRESHOLD, lr=1e-2, progressive_iter=1)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+
+    def still():
+        loss_of(model, batches()[0]).backward()
+        return sum(int((s.values.grad == 0).sum()) for s in optimizer.supports)
+
+    always = still()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert still() > always
+    model.load_state_dict(before[0])
+    optimizer.load_state_dict(before[1])
+    optimizer.zero_grad()
+    assert still() == always
+
+
+def test_a_step_on_other_entries_than_its_moments_is_refused():
+    model, other = zoo(), zoo()
+    optimizer = SaraAdamW(model, THRESHOLD)
+    train(model, optimizer)
+    SaraAdamW(other, 2 * THRESHOLD)
+    model.load_state_dict(other.state_dict())
+    loss_of(model, batches()[0]).backward()
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    with pytest.raises(RuntimeError, match="loose must train the entries .* as well, or make a ne"):
+        optimizer.step()
+    assert_equal(model.state_dict(), before[0])
+    assert optimizer.state_dict()["state"][0]["step"] == before[1]["state"][0]["step"]
+    assert optimizer.steps == before[1]["sparse"]["steps"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

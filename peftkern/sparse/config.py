@@ -17,10 +17,10 @@ from peftkern.qlora.format import Format
 from peftkern.qlora.frozen import base_of
 from peftkern.qlora.placing import LinearConfig, LinearTarget
 from peftkern.sparse import select, stored
+from peftkern.sparse.check import FORMS
 from peftkern.sparse.pattern import Pattern
 from peftkern.sparse.placing import QuantizedTarget, SparseTarget, parameters_of
 from peftkern.sparse.select import AbsThreshold, Rule
-from peftkern.sparse.state import FORMS
 from peftkern.sparse.support import owners_of
 
 
@@ -100,13 +100,14 @@ class SparseConfig(LinearConfig):
     def share(self, targets: Sequence[_family.Target]) -> dict[str, Pattern]:
         """The selection, by the parameters' names; a weight that several share is asked once."""
         weights: dict[str, Tensor] = {}
-        seen: set[int] = set()
+        first: dict[int, str] = {}
+        names: dict[str, str] = {}
         for target in targets:
             for name, weight in self._weights(target):
-                if id(weight) not in seen:
-                    seen.add(id(weight))
-                    weights[name] = weight
-        return select.as_rule(self.rule).select(weights)
+                names[name] = first.setdefault(id(weight), name)
+                weights[names[name]] = weight
+        found = select.as_rule(self.rule).select(weights)
+        return {name: found[own] for name, own in names.items()}
 
     def _weights(self, target: _family.Target) -> Iterator[tuple[str, Tensor]]:
         if isinstance(target, QuantizedTarget):

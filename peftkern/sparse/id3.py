@@ -33,7 +33,8 @@ class Id3AdamW(PackedAdamW):
     in backward. Where gradients are accumulated, what the last forward pass has brought decides;
     where a weight is used several times in one, each use by itself.
 
-    Clipping does not reach the gradients of those that come in. Where several processes train,
+    Clipping does not reach the gradients of those that come in, nor does a GradScaler, which `step`
+    therefore refuses. Where several processes train,
     `step` averages the gradients; do not wrap the model in DistributedDataParallel, whose buckets
     cannot grow. Each process then brings its own best entries.
 
@@ -54,6 +55,10 @@ class Id3AdamW(PackedAdamW):
         ValueError: a number out of its range, a model without parameters, a name that there is not,
             or a budget that what is chosen exceeds, or that exceeds the model.
     """
+
+    _step_supports_amp_scaling = True  # so that a GradScaler hands it the step
+
+    grad_scale: Tensor | None
 
     def __init__(
         self, model: nn.Module, budget: int, max_steps: int, lr: float = 1e-3,
@@ -99,6 +104,13 @@ class Id3AdamW(PackedAdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        # A GradScaler tells of itself here, rather than unscale the gradients that it knows of.
+        if vars(self).pop("found_inf", None) is not None:
+            del self.grad_scale
+            raise RuntimeError(
+                "gradients must not be scaled, got them from a GradScaler, which does not reach "
+                "those of the entries that come in: train in bfloat16"
+            )
         loss = self._begin(closure)
         found = self._collector.found
         if _processes() > 1:

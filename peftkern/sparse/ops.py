@@ -7,6 +7,7 @@ A pattern reaches an op as its tensors and its layout [kind, rows, columns, nnz]
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -155,7 +156,7 @@ def scatter_(weight: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
 
 def _flat(x: Tensor, size: int) -> Tensor:
     """`[M, size]`, a view where there can be one."""
-    return x if x.dim() == 2 else x.reshape(x.numel() // size if size else 0, size)
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), size)
 
 
 def _is_plain(weight: Tensor) -> bool:

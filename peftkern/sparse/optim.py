@@ -53,6 +53,14 @@ class PackedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for support in self.supports:
+            moments = self.state.get(support.values, {}).get(MOMENTS[0])
+            if moments is not None and moments.shape != support.values.shape:
+                raise RuntimeError(
+                    f"{support.name} must train the entries that its moments belong to, "
+                    f"{len(moments)}, got {len(support.values)}: load the optimizer's state as "
+                    "well, or make a new one"
+                )
         self.steps += 1
         return loss
 

@@ -76,7 +76,7 @@ class Pattern:
 
         Args:
             bits: int32 `[rows, ceil(columns / 32)]`, the first column in the lowest bit; those
-                behind the last column must be zero.
+                behind the last column must be zero. A bitmap keeps them, and no copy.
             shape: rows and columns.
             kind: as in `from_mask`.
 

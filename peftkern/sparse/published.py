@@ -8,6 +8,7 @@ base, which must be the one that was trained, to the last bit and in the same dt
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from peftkern.sparse.pattern import Pattern, matrix_shape
+from peftkern.sparse.pattern import Pattern
 from peftkern.sparse.support import attach
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -34,16 +35,23 @@ def import_sara(
     Args:
         model: the base, unadapted.
         path: the file, or what is in it.
-        scale: how much of what was learned: 0 to 2, published.
+        scale: how much of what was learned, a finite number: 0 to 2, published.
 
     Returns:
         The same model, each of whose parameters with values has a support.
 
     Raises:
         TypeError: values that are not float.
-        ValueError: no such checkpoint, or one of another base.
+        ValueError: no such checkpoint, or one of another base; another scale.
     """
-    found = path if isinstance(path, Mapping) else _read(path)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    found: Any = path
+    if not isinstance(path, Mapping):
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(found, Mapping) or "threshold" not in found:
+        told = type(found).__name__ if found is path else path
+        raise ValueError(f"path must hold a published checkpoint with its threshold, got {told}")
     threshold, parameters = float(found["threshold"]), list(model.named_parameters())
     numbers = [key for key in found if key != "threshold"]
     if strange := [n for n in numbers if n not in range(len(parameters))]:
@@ -53,9 +61,7 @@ def import_sara(
     patterns, values = {}, {}
     for number, (name, base) in enumerate(parameters):
         # In the base's own dtype, to which a comparison rounds the threshold, as it did then.
-        pattern = Pattern.from_mask(
-            (base.detach().abs() < threshold).view(matrix_shape(base.shape))
-        )
+        pattern = Pattern.from_mask(base.detach().abs() < threshold)
         _check_values(name, pattern.nnz, found.get(number, torch.empty(0)))
         if pattern.nnz:
             patterns[name], values[name] = pattern, found[number]
@@ -66,13 +72,6 @@ def import_sara(
         start.copy_(learned if scale == 1.0 else torch.lerp(start, learned, scale))
         support.write()
     return model
-
-
-def _read(path: str | os.PathLike[str]) -> Mapping[Any, Any]:
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(found, Mapping) or "threshold" not in found:
-        raise ValueError(f"path must hold a published checkpoint with its threshold, got {path}")
-    return found
 
 
 def _check_values(name: str, wanted: int, found: Any) -> None:

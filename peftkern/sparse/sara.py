@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from peftkern.sparse import bits, picking
 from peftkern.sparse.optim import MOMENTS, NEVER, PackedAdamW, check_rates, trained
@@ -75,6 +76,7 @@ class SaraAdamW(PackedAdamW):
         for parameter in parameters.values():
             parameter.requires_grad_(False)
         super().__init__(supports, defaults)
+        self._holds: list[RemovableHandle] = []  # hooks of what stays in its place
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -118,7 +120,7 @@ class SaraAdamW(PackedAdamW):
 
     def _hold_gradient(self, support: Support) -> None:
         held = self.state[support.values]["born"] == NEVER
-        support.values.register_hook(lambda grad: grad.masked_fill(held, 0))  # type: ignore[no-untyped-call]
+        self._holds.append(support.values.register_hook(lambda grad: grad.masked_fill(held, 0)))  # type: ignore[no-untyped-call]
         if support.values.grad is not None:
             support.values.grad.masked_fill_(held, 0)
 
@@ -142,6 +144,9 @@ class SaraAdamW(PackedAdamW):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        for hold in self._holds:
+            hold.remove()
+        self._holds.clear()
         for support in self.supports:
             if "born" in self.state.get(support.values, {}):
                 self._hold_gradient(support)

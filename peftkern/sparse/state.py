@@ -12,7 +12,6 @@ from peftkern._seen import Seen
 from peftkern.sparse.ops import gather, scatter_
 from peftkern.sparse.pattern import Pattern
 
-FORMS = ("value", "delta")
 SUFFIX = "_sparse"  # of a module's parameter of values, behind the name of the adapted one
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from peftkern import _check
 from peftkern._seen import Seen
 from peftkern.sparse import swap
+from peftkern.sparse.check import FORMS
 from peftkern.sparse.pattern import Pattern, matrix_shape
-from peftkern.sparse.state import FORMS, SUFFIX, State, Watcher, common, resize, states, take, union
+from peftkern.sparse.state import SUFFIX, State, Watcher, common, resize, states, take, union
 
 Owner = tuple[nn.Module, str]  # a module, and a parameter's name in it
 
