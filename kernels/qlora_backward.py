@@ -57,11 +57,21 @@ def grad_weight_kernel(
     tl.store(to, narrow(sum, out_ptr.dtype.element_ty), mask=(n < outputs)[:, None] & is_k)
 
 
+def _product(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """g^T x, rounded once."""
+    if dtype == x.dtype or len(x) == 0:
+        return torch.mm(grad.t(), x).to(dtype)
+    if x.is_cuda and dtype == torch.float32:
+        return torch.mm(grad.t(), x, out_dtype=dtype)
+    sums = torch.promote_types(x.dtype, torch.float32)  # the CPU, for the interpreter, has no other
+    return torch.mm(grad.t().to(sums), x.to(sums)).to(dtype)
+
+
 def grad_weight(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor | None) -> Tensor:
     """The gradient of a dense weight, in its shape and dtype."""
     outputs, columns = weight.shape[-2:]
     if offsets is None or len(offsets) == 2:
-        return torch.mm(grad.t(), x).to(weight.dtype).view(weight.shape)
+        return _product(grad, x, weight.dtype).view(weight.shape)
     out = torch.empty_like(weight)
     tile = paths.tile("grad_weight", x.device, x.dtype, len(x))
     programs = triton.cdiv(outputs, tile.outputs) * triton.cdiv(columns, tile.inner)
