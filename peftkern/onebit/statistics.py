@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from peftkern._seen import Seen
 from peftkern.onebit import codes
 
-
 _backwards = 0  # of adapters, since the program began
 
 
@@ -39,7 +38,7 @@ class Statistics:
     """What the first of its layers to be called computes for all: one op a step, not one a layer.
 
     Each layer is given its rows once. Asked again, as in the next step, all are computed anew: an
-    optimiser that writes past torch's counters is noticed so. Nor does a backward leave rows behind,
+    optimiser that writes past torch's counters is noticed so. Nor does a backward leave any rows,
     be they of layers that its step has left out, or of those that it has not computed again.
 
     Copies and pickles have no members: a layer that is copied joins the copy of its statistics.
