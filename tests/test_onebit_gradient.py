@@ -3,7 +3,7 @@
 import pytest
 import torch
 from close import assert_as_good
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from peftkern import onebit
@@ -76,6 +76,7 @@ def test_the_gradient_is_that_of_a_smooth_surrogate(isa, bits):
     latent=st.sampled_from([torch.float32, torch.bfloat16]),
     bits=BITS,
 )
+@example(rows=4, columns=5, inputs=3, dtype=torch.bfloat16, latent=torch.float32, bits=1)
 def test_gradients_lose_no_more_than_plain_torch(isa, rows, columns, inputs, dtype, latent, bits):
     torch.manual_seed(rows * 71 + columns)
     weight, bias = torch.randn(rows, columns).to(latent), torch.randn(rows)

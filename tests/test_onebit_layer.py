@@ -69,6 +69,16 @@ def test_dropout_is_drawn_between_the_two_and_in_training_alone():
     assert torch.equal(layer(x, x), x)
 
 
+@pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_and_eval_give_the_same_dtype(dtype, residual):
+    layer, x = onebit.OneBitAdapter(16), x_of(dtype=dtype)
+    y = layer(x, x_of().to(residual))
+    assert y.dtype == torch.promote_types(dtype, residual)
+    with torch.no_grad():
+        assert layer.eval()(x, x_of().to(residual)).dtype == y.dtype
+
+
 def test_it_compiles_whole(placement):
     model, _ = adapted(placement)
     y = model(x_of())
@@ -191,6 +201,21 @@ def test_a_merged_layer_refuses_to_train():
 def test_a_config_refuses(options, error, message):
     with pytest.raises(error, match=message):
         OneBitConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"in_features": 0}, "in_features must be at least 1, got 0"),
+        ({"out_features": -3}, "out_features must be at least 1, got -3"),
+        ({"activation": "elu"}, "activation must be one of identity, relu, .* got 'elu'"),
+        ({"bits": 3}, "bits must be 1, 2 or 4, got 3"),
+        ({"r": 0}, "r must be at least 1, got 0"),
+    ],
+)
+def test_a_layer_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        onebit.OneBitAdapter(**({"in_features": 16} | options))
 
 
 def test_a_report_and_explain_know_them(placement):

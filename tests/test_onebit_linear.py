@@ -1,5 +1,8 @@
 """onebit's linear on packed codes: the order that its kernels read them in, and the product."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from close import assert_as_good
@@ -240,3 +243,12 @@ def test_a_weight_keeps_its_order_of_codes():
     weight = weight_of(20, 37, 1)
     assert isinstance(weight, OneBitWeight)
     assert weight.laid_out() is weight.laid_out()
+
+
+def test_a_copy_of_a_weight_orders_its_codes_anew():
+    """It may have been read to another device, whose kernels have them in another order."""
+    weight, x = weight_of(20, 37, 1), torch.randn(3, 37)
+    y = onebit.linear(x, weight)
+    for twin in (copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
+        assert weight._laid_out and not twin._laid_out
+        assert torch.equal(onebit.linear(x, twin), y)

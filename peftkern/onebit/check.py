@@ -9,6 +9,7 @@ from torch import Tensor
 
 from peftkern import _check
 from peftkern.bottleneck import check as bottleneck
+from peftkern.bottleneck.reference import ACTIVATIONS
 from peftkern.onebit.reference import BITS
 from peftkern.onebit.weight import OneBitWeight
 
@@ -93,6 +94,15 @@ def adapter(
         x, down, up, None, None, scale, activation, residual, None, dropout, seed
     )  # fmt: skip
     statistics(statistics_, [down, up])
+
+
+def branch(in_features: int, out_features: int, activation: str) -> None:
+    """What a layer is made of."""
+    for name, width in (("in_features", in_features), ("out_features", out_features)):
+        if width < 1:
+            raise ValueError(f"{name} must be at least 1, got {width}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
 def codes(name: str, tensor: Tensor) -> None:

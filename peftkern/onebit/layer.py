@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern._attached import AttachedAdapter
+from peftkern.onebit import check
 from peftkern.onebit.config import OneBitConfig
 from peftkern.onebit.described import Described
 from peftkern.qlora import merging
@@ -104,8 +105,8 @@ class OneBitAdapter(Described, AttachedAdapter):
         dropout: share of the r features that `up` does not see in training.
 
     Shape:
-        x `[..., in]`, residual `[..., out]` or None -> `[..., out]`, in the dtype of the residual
-        or else of x.
+        x `[..., in]`, residual `[..., out]` or None -> `[..., out]`, in the dtype of x, or the
+        wider of both.
 
     Raises:
         TypeError, ValueError: a value out of range.
@@ -124,8 +125,10 @@ class OneBitAdapter(Described, AttachedAdapter):
     ) -> None:
         super().__init__()
         config = OneBitConfig(r, scale, bits, "adaptformer", dropout)
+        out_features = in_features if out_features is None else out_features
+        check.branch(in_features, out_features, activation)
         self.activation = activation
-        self.start(in_features, out_features or in_features, config, device)
+        self.start(in_features, out_features, config, device)
 
     @classmethod
     def from_config(

@@ -104,7 +104,8 @@ class Pair(nn.Module):
             y = linear(hidden, up)
             if residual is None:
                 return (self.scale * y).to(x.dtype)
-            return torch.add(residual, y, alpha=self.scale).to(residual.dtype)
+            sum = torch.add(residual, y, alpha=self.scale)
+            return sum.to(torch.promote_types(residual.dtype, x.dtype))
 
     def weights(self) -> tuple[OneBitWeight, OneBitWeight]:
         """`down` and `up` as they are computed with and stored: bits, mean and std.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +80,10 @@ class OneBitWeight:
             return self
         packed, mean, std = (t.to(device) for t in (self.packed, self.mean, self.std))
         return OneBitWeight(packed, mean, std, self.shape, self.bits, self.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A file may be read to another device, or by another version: they order bytes anew."""
+        return {**self.__dict__, "_laid_out": []}
 
     def laid_out(self) -> Tensor:
         """The bytes as the kernel of `onebit_linear` on this device reads them; made once.
