@@ -10,6 +10,6 @@ from peftkern.kernels.onebit_codes import pack as pack
 from peftkern.kernels.onebit_codes import unpack as unpack
 from peftkern.kernels.onebit_latents import quantize as quantize
 from peftkern.kernels.onebit_latents import quantize_bwd as quantize_bwd
-from peftkern.kernels.onebit_latents import statistics as statistics
 from peftkern.kernels.onebit_linear import lay_out as lay_out
 from peftkern.kernels.onebit_linear import linear as linear
+from peftkern.kernels.onebit_statistics import statistics as statistics

@@ -1,12 +1,12 @@
-"""The latent weights of onebit in Triton: statistics, W and its gradient, of many matrices at once.
+"""The latent weights of onebit in Triton: W and its gradient, of many matrices at once.
 
-    mean, std = of each matrix
     W         = mean + std * level[code]
     grad_w    = r * G + (1 - r) * S1 / n + (w - mean) / ((n - 1) * std) * S2
     S1        = sum of G,  S2 = sum of G * (level[code] - r * (w - mean) / (std + 1e-5))
 
-One launch serves all matrices of a list. How a matrix is cut into parts, and the order in which
-these are added up, depends on its own size alone: the same matrix gives the same bits in any list.
+One launch serves all matrices of a list, whose mean and std onebit_statistics.py finds. How a
+matrix is cut into parts, and the order in which these are added up, depends on its own size alone:
+the same matrix gives the same bits in any list.
 """
 
 from __future__ import annotations
@@ -18,128 +18,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.kernels.common import narrow, widen
+from peftkern.kernels.common import narrow
 from peftkern.kernels.onebit_levels import (
+    ANY_ADDRESS,
     EPS,
+    UNSPECIALIZED,
     at,
     code_of,
+    counts_of,
+    load,
     load_statistics,
     runs,
     value_of,
 )
 from peftkern.onebit import fallback, reference
 
-# A matrix of an adapter, such as 768 x 32, lies whole in the registers of one program, which reads
-# it once for both its passes; 64 of them a thread. A larger one is cut into parts of this size.
-BLOCK_PART, PART_WARPS = 32768, 16
-# A std of so many times max(1, |mean|) is nothing but rounding.
-FLAT = tl.constexpr(8 * torch.finfo(torch.float32).eps)
-BLOCK_PARTS = 1024  # parts that are added up at a time
 BLOCK_SUMS, SUMS_WARPS = 8192, 8  # weights and gradients that one program sums up
 BLOCK_SUM_PARTS = 128
 BLOCK_WRITE = 4096  # weights that one program writes
 
-# Addresses count as multiples of an element alone: with those of a list goes the way in which lanes
-# share what they read, and with that the order of the sums.
-ANY_ADDRESS = ["weight_ptrs", "grad_ptrs", "counts"]
-UNSPECIALIZED = ["counts", "parts"]
-
-
-@triton.jit
-def _load(ptrs, matrix, begin, held, BLOCK: tl.constexpr):
-    """A matrix from `begin` on, `held` of its elements and then zeros; float32 [BLOCK]."""
-    lane = tl.arange(0, BLOCK)
-    return widen(tl.load(at(ptrs, matrix) + begin + lane, mask=lane < held, other=0))
-
 
 @triton.jit
 def _store(ptrs, matrix, begin, held, value, BLOCK: tl.constexpr):
-    """Rounded once, as `_load` reads it."""
+    """Rounded once, as `load` reads it."""
     to, lane = at(ptrs, matrix), tl.arange(0, BLOCK)
     tl.store(to + begin + lane, narrow(value, to.dtype.element_ty), mask=lane < held)
-
-
-@triton.jit
-def _store_statistics(statistics_ptr, matrix, mean, squares, count):
-    """squares: the sum of those of the deviations from the mean."""
-    std = tl.sqrt_rn(tl.div_rn(squares, tl.maximum(count - 1, 1).to(tl.float32)))
-    std = tl.where(std <= FLAT * tl.maximum(tl.abs(mean), 1.0), 0.0, std)
-    tl.store(statistics_ptr + 2 * matrix, mean)
-    tl.store(statistics_ptr + 2 * matrix + 1, std)
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=ANY_ADDRESS)
-def moments_kernel(
-    weight_ptrs,  # of each matrix, [counts], float32, bfloat16 or float16
-    counts,
-    statistics_ptr,  # [matrices, 2] float32
-    parts_ptr,  # [matrices, parts, 2] float32: mean and squares of a part; None where parts is 1
-    parts,  # of the largest matrix
-    BLOCK: tl.constexpr,
-):
-    """Mean and std of a matrix that is no larger than a part, or mean and squares of a part.
-
-    Floor: every weight is read once; the deviations from the mean are taken of what lies in
-    registers.
-    """
-    matrix, part = tl.program_id(0), tl.program_id(1)
-    count = at(counts, matrix)
-    begin = part.to(tl.int64) * BLOCK
-    if begin >= count:
-        if part == 0:  # of no weight at all
-            tl.store(statistics_ptr + 2 * matrix, 0.0)
-            tl.store(statistics_ptr + 2 * matrix + 1, 0.0)
-        return
-    held = tl.minimum(count - begin, BLOCK).to(tl.int32)
-    weight = _load(weight_ptrs, matrix, begin, held, BLOCK)
-    mean = tl.div_rn(tl.sum(weight, 0), held.to(tl.float32))
-    off = tl.where(tl.arange(0, BLOCK) < held, weight - mean, 0.0)
-    squares = tl.sum(off * off, 0)
-    if count <= BLOCK:
-        _store_statistics(statistics_ptr, matrix, mean, squares, count)
-    else:
-        if parts_ptr is not None:
-            to = parts_ptr + 2 * (matrix.to(tl.int64) * parts + part)
-            tl.store(to, mean)
-            tl.store(to + 1, squares)
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=ANY_ADDRESS)
-def moments_parts_kernel(
-    counts,
-    parts_ptr,  # [matrices, parts, 2] float32, as moments_kernel leaves them
-    statistics_ptr,  # [matrices, 2] float32
-    parts,
-    BLOCK: tl.constexpr,  # weights of a part
-    BLOCK_PARTS: tl.constexpr,
-):
-    """Mean and std of a matrix of several parts, in their order, by what each lies off the mean.
-
-        squares = sum over parts of  squares of the part + its count * (its mean - mean)^2
-
-    Floor: 8 bytes for each 32768 weights, which the launch before has just written.
-    """
-    matrix = tl.program_id(0)
-    count = at(counts, matrix)
-    if count <= BLOCK:
-        return
-    parts_ptr += 2 * matrix.to(tl.int64) * parts
-    lane = tl.arange(0, BLOCK_PARTS)
-    own = (count + BLOCK - 1) // BLOCK
-    sum = tl.zeros((BLOCK_PARTS,), tl.float32)
-    for start in range(0, own, BLOCK_PARTS):
-        part = start + lane
-        held = tl.minimum(count - part.to(tl.int64) * BLOCK, BLOCK).to(tl.float32)
-        sum += held * tl.load(parts_ptr + 2 * part, mask=part < own, other=0)
-    mean = tl.div_rn(tl.sum(sum, 0), count.to(tl.float32))
-    sum = tl.zeros((BLOCK_PARTS,), tl.float32)
-    for start in range(0, own, BLOCK_PARTS):
-        part = start + lane
-        held = tl.minimum(count - part.to(tl.int64) * BLOCK, BLOCK).to(tl.float32)
-        off = tl.load(parts_ptr + 2 * part, mask=part < own, other=0) - mean
-        squares = tl.load(parts_ptr + 2 * part + 1, mask=part < own, other=0)
-        sum += tl.where(part < own, squares + held * (off * off), 0.0)
-    _store_statistics(statistics_ptr, matrix, mean, tl.sum(sum, 0), count)
 
 
 @triton.jit(do_not_specialize=["counts"])
@@ -162,7 +65,7 @@ def quantize_kernel(
     held = tl.minimum(count - begin, BLOCK).to(tl.int32)
     if ALIGNED:
         held = tl.multiple_of(held, 4)
-    weight = _load(weight_ptrs, matrix, begin, held, BLOCK)
+    weight = load(weight_ptrs, matrix, begin, held, BLOCK)
     mean, std = load_statistics(statistics_ptr, matrix)
     value = value_of(code_of(weight, mean, std, THRESHOLDS), mean, std, LEVELS)
     _store(out_ptrs, matrix, begin, held, value, BLOCK)
@@ -187,8 +90,8 @@ def quantize_sums_kernel(
     if begin >= count:
         return
     held = tl.minimum(count - begin, BLOCK).to(tl.int32)
-    weight = _load(weight_ptrs, matrix, begin, held, BLOCK)
-    grad = _load(grad_ptrs, matrix, begin, held, BLOCK)
+    weight = load(weight_ptrs, matrix, begin, held, BLOCK)
+    grad = load(grad_ptrs, matrix, begin, held, BLOCK)
     mean, std = load_statistics(statistics_ptr, matrix)
     level = value_of(code_of(weight, mean, std, THRESHOLDS), 0.0, 1.0, LEVELS)
     ratio = tl.div_rn(std, std + EPS)
@@ -241,29 +144,9 @@ def quantize_bwd_kernel(
     held = tl.minimum(count - begin, BLOCK).to(tl.int32)
     if ALIGNED:
         held = tl.multiple_of(held, 4)
-    weight = _load(weight_ptrs, matrix, begin, held, BLOCK)
-    grad = _load(grad_ptrs, matrix, begin, held, BLOCK)
+    weight = load(weight_ptrs, matrix, begin, held, BLOCK)
+    grad = load(grad_ptrs, matrix, begin, held, BLOCK)
     _store(out_ptrs, matrix, begin, held, ratio * grad + shift + slope * (weight - mean), BLOCK)
-
-
-def statistics(weights: Sequence[Tensor]) -> Tensor:
-    if weights[0].dtype == torch.float64:
-        return fallback.statistics(weights)
-    out = weights[0].new_empty(len(weights), 2, dtype=torch.float32)
-    for cut in runs(weights):
-        counts = _counts(weights[cut])
-        parts = max(triton.cdiv(max(counts), BLOCK_PART), 1)
-        found = out.new_empty(len(counts), parts, 2) if parts > 1 else None
-        moments_kernel[(len(counts), parts)](
-            tuple(weights[cut]), counts, out[cut], found, parts,
-            BLOCK=BLOCK_PART, num_warps=PART_WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
-        if found is not None:
-            moments_parts_kernel[(len(counts),)](
-                counts, found, out[cut], parts,
-                BLOCK=BLOCK_PART, BLOCK_PARTS=BLOCK_PARTS, enable_fp_fusion=False,
-            )  # fmt: skip
-    return out
 
 
 def quantize(
@@ -277,7 +160,7 @@ def quantize(
         return fallback.quantize(weights, statistics, bits)
     outs = [torch.empty_like(w, dtype=dtype) for w in weights]
     for cut in runs(weights):
-        counts = _counts(weights[cut])
+        counts = counts_of(weights[cut])
         if max(counts):
             quantize_kernel[(len(counts), triton.cdiv(max(counts), BLOCK_WRITE))](
                 tuple(weights[cut]), tuple(outs[cut]), counts, statistics[cut],
@@ -294,7 +177,7 @@ def quantize_bwd(
         return fallback.quantize_bwd(grads, weights, statistics, bits)
     outs = [torch.empty_like(w) for w in weights]
     for cut in runs(grads, weights):
-        counts = _counts(weights[cut])
+        counts = counts_of(weights[cut])
         parts = triton.cdiv(max(counts), BLOCK_SUMS)
         if not parts:
             continue
@@ -311,10 +194,6 @@ def quantize_bwd(
             BLOCK=BLOCK_WRITE,
         )  # fmt: skip
     return outs
-
-
-def _counts(weights: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(w.numel() for w in weights)
 
 
 def _aligned(counts: tuple[int, ...]) -> bool:

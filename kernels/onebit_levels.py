@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern.kernels.common import widen
 from peftkern.onebit import reference
 
 EPS = tl.constexpr(reference.EPS)
@@ -21,6 +22,10 @@ EPS = tl.constexpr(reference.EPS)
 # that a kernel's arguments have. So no table of addresses is copied to the device, which would wait
 # for it, and which no CUDA graph could hold.
 MATRICES = 96
+# Addresses count as multiples of an element alone: with those of a list goes the way in which lanes
+# share what they read, and with that the order of the sums.
+ANY_ADDRESS = ["weight_ptrs", "grad_ptrs", "counts"]
+UNSPECIALIZED = ["counts", "parts"]
 
 
 @triton.jit
@@ -30,6 +35,13 @@ def at(values, index):
     for i in tl.static_range(1, len(values)):
         found = tl.where(index == i, values[i], found)
     return found
+
+
+@triton.jit
+def load(ptrs, matrix, begin, held, BLOCK: tl.constexpr):
+    """A matrix from `begin` on, `held` of its elements and then zeros; float32 [BLOCK]."""
+    lane = tl.arange(0, BLOCK)
+    return widen(tl.load(at(ptrs, matrix) + begin + lane, mask=lane < held, other=0))
 
 
 @triton.jit
@@ -76,3 +88,7 @@ def runs(*lists: Sequence[Tensor]) -> Iterator[slice]:
         if i == len(dtypes) or i - begin == MATRICES or dtypes[i] != dtypes[begin]:
             yield slice(begin, i)
             begin = i
+
+
+def counts_of(weights: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(w.numel() for w in weights)

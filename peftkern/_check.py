@@ -90,3 +90,8 @@ def expression(name: str, value: object) -> None:
             ) from error
     elif not isinstance(value, Iterable) or not all(isinstance(word, str) for word in value):
         raise TypeError(f"{name} must be a string or a list of strings, got {value!r}")
+
+
+def listed(names: Iterable[str]) -> str:
+    first = sorted(names)
+    return ", ".join(first[:8]) + (f" and {len(first) - 8} more" if len(first) > 8 else "")

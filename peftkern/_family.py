@@ -23,14 +23,14 @@ of a config have in common, a pool or a statistic, is made once by its `share`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from peftkern import _check, _select, _sharded
+from peftkern import _select, _sharded
 
 Self = TypeVar("Self", bound="Config")
 
@@ -280,46 +280,3 @@ def inside(model: nn.Module) -> set[nn.Module]:
     """What adapters consist of: no layers of the model, so no places for others."""
     layers = adapters(model).values()
     return {part for layer in layers for part in layer.modules() if part is not layer}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What the two files of an adapter hold, checked against each other.
-
-    Args:
-        parts: of every layer, by its name.
-        own: by the same names, the config of each.
-        configs: those that put such layers into a model that has none, each with their names.
-        bases: by the same names, of those that belong to one base alone, its hash.
-    """
-
-    parts: dict[str, Parts]
-    own: dict[str, Config]
-    configs: Sequence[tuple[Config, Collection[str]]]
-    bases: dict[str, Any] = field(default_factory=dict)
-
-
-def check_fit(source: str, stored: dict[str, Parts], places: dict[str, Wanted]) -> None:
-    """Raises unless what is stored is what is wanted, name by name and shape by shape."""
-    for title, names in (
-        ("the model has no such adapter", stored.keys() - places.keys()),
-        ("the file lacks them", places.keys() - stored.keys()),
-    ):
-        if names:
-            raise ValueError(
-                f"{source} must hold the model's adapters, got {title}: {listed(names)}"
-            )
-    for name, have in stored.items():
-        wanted = places[name]
-        missing = {part for part, (_, needed) in wanted.items() if needed} - have.keys()
-        if missing or have.keys() - wanted.keys():
-            raise ValueError(
-                f"{name} must have {', '.join(wanted)} as in the model, got {', '.join(have)}"
-            )
-        for part, tensor in have.items():
-            _check.shape(f"{name}.{part}", tensor, wanted[part][0])
-
-
-def listed(names: Iterable[str]) -> str:
-    first = sorted(names)
-    return ", ".join(first[:8]) + (f" and {len(first) - 8} more" if len(first) > 8 else "")

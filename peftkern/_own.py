@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from peftkern import _check
-from peftkern._family import Adapter, Config, Parts, Stored, listed
+from peftkern._family import Adapter, Config, Parts
 from peftkern._folder import CONFIG, TENSORS
+from peftkern._stored import Stored
 from peftkern.bottleneck import BottleneckConfig, PrefixConfig
 from peftkern.onebit import OneBitConfig
 from peftkern.qlora import LoraConfig
@@ -80,7 +81,7 @@ def read(content: dict[str, Any], tensors: dict[str, Tensor]) -> Stored:
         _check.dtype(path, tensor, _DTYPES.get(words[-1], _check.FLOATS))
         stored[".".join(words[:end])][".".join(words[end:])] = tensor
     if foreign:
-        raise ValueError(f"{TENSORS} must hold what {CONFIG} names, got {listed(foreign)}")
+        raise ValueError(f"{TENSORS} must hold what {CONFIG} names, got {_check.listed(foreign)}")
     return Stored(stored, own, configs, bases)
 
 

@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from peftkern import _check
-from peftkern._family import Config, Parts, Stored, listed
+from peftkern._family import Config, Parts
 from peftkern._folder import CONFIG, TENSORS
+from peftkern._stored import Stored
 from peftkern.qlora import LoraConfig
 from peftkern.qlora.described import LoraAdapter, alpha, common, rank
 
@@ -167,7 +168,7 @@ def _checked(tensors: dict[str, Tensor]) -> dict[str, Parts]:
     if foreign or not stored:
         raise ValueError(
             f"{TENSORS} must hold {PREFIX}<name>.lora_A.weight and lora_B.weight, magnitudes and "
-            f"biases alone, got {listed(foreign) or 'nothing'}"
+            f"biases alone, got {_check.listed(foreign) or 'nothing'}"
         )
     for name, parts in stored.items():
         if not {"lora_A", "lora_B"} <= parts.keys():

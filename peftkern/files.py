@@ -13,9 +13,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from peftkern import _family, _folder, _own, _peft, _select, _sharded
-from peftkern._family import Adapter, Stored, adapters, listed
+from peftkern import _check, _folder, _own, _peft, _select, _sharded
+from peftkern._family import Adapter, adapters
 from peftkern._folder import CONFIG, TENSORS
+from peftkern._stored import Stored, check_fit
 from peftkern.adapt import place, plan
 from peftkern.qlora.described import LoraAdapter
 
@@ -119,9 +120,9 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
     layers = _adapters(inner)
     if merged := [name for name, layer in layers.items() if layer.merged]:
         raise ValueError(
-            f"model must be unmerged before it loads an adapter, got merged {listed(merged)}"
+            f"model must be unmerged before it loads an adapter, got merged {_check.listed(merged)}"
         )
-    _family.check_fit(TENSORS, stored.parts, {n: layer.wanted() for n, layer in layers.items()})
+    check_fit(TENSORS, stored.parts, {n: layer.wanted() for n, layer in layers.items()})
     for name, layer in layers.items():
         if (reason := layer.misfit(stored.own[name])) is not None:
             raise ValueError(f"{name} must be what {CONFIG} says, got {reason}")
@@ -166,7 +167,7 @@ def _place(model: nn.Module, stored: Stored) -> None:
         reasons = "; ".join(f"{s.name}: {s.reason}" for s in left_out)
         raise ValueError(f"{TENSORS} must fit the model, got modules that cannot: {reasons}")
     fits = {target.layer_name: target.wanted() for target in planned.targets}
-    _family.check_fit(TENSORS, stored.parts, fits)
+    check_fit(TENSORS, stored.parts, fits)
     for target in planned.targets:
         name = target.layer_name
         target.check(name, stored.parts[name], stored.bases.get(name))

@@ -1,9 +1,12 @@
-"""A model of every kind of parameter that trains on a support, and dense AdamW beside it."""
+"""A model of every kind of parameter, its training on supports, and dense AdamW beside it."""
 
 import copy
 
 import torch
 from torch import nn
+
+from peftkern.sparse import Pattern
+from peftkern.sparse.support import supports
 
 
 class Zoo(nn.Module):
@@ -61,6 +64,24 @@ def train(model, optimizer, steps=BATCHES, clip=None, parts=1):
         optimizer.zero_grad()
         losses.append(total)
     return torch.stack(losses)
+
+
+def chosen(model, density=0.3, seed=5):
+    """A pattern for every parameter, tied ones once."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: Pattern.from_mask(torch.rand(p.shape, generator=generator) < density)
+        for name, p in model.named_parameters()
+    }
+
+
+def trained(model, **options):
+    """The model itself, its values trained by an ordinary AdamW and written."""
+    values = [support.values for support in supports(model)]
+    train(model, torch.optim.AdamW(values, **{"weight_decay": 0.0, **options}))
+    for support in supports(model):
+        support.write()
+    return model
 
 
 def dense(model):

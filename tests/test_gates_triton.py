@@ -47,7 +47,7 @@ class Gate(NamedTuple):
 
 
 KB = 1024
-# By kernel, and before that by case and kernel; the cases are those of triton_gates.py.
+# By kernel, and before that by case and kernel; the cases are those of triton_cases.py.
 GATES = {
     # Eight bytes spill, here for sm100 in Triton 3.9, and in the other row with a stack for sm80 in
     # Triton 3.6.

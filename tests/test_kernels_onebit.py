@@ -13,6 +13,7 @@ from launchers import DTYPES, SIZES, on  # noqa: E402
 
 from peftkern.kernels import onebit_latents as latents  # noqa: E402
 from peftkern.kernels import onebit_levels as levels  # noqa: E402
+from peftkern.kernels import onebit_statistics as moments  # noqa: E402
 
 BITS = st.sampled_from(reference.BITS)
 # Of weights on a grid, none is so near to a threshold that float64 finds another code than float32.
@@ -53,7 +54,7 @@ def test_statistics_are_the_reference(device, shapes, dtype, mean):
 def test_parts_of_a_large_matrix_make_its_statistics(device, mean, monkeypatch):
     weights = on(device, *matrices([(200, 300), (3, 5), (257, 256)], mean=mean))
     found = triton_onebit.statistics(weights)
-    monkeypatch.setattr(latents, "BLOCK_PARTS", 2)
+    monkeypatch.setattr(moments, "BLOCK_PARTS", 2)
     for by_parts in (found, triton_onebit.statistics(weights)):
         assert_statistics(by_parts, weights)
 
@@ -137,10 +138,14 @@ class Counted:
 
 @pytest.mark.parametrize("most", [96, 2])
 def test_one_launch_serves_all_matrices_of_a_dtype(device, most, monkeypatch):
-    names = ["moments", "moments_parts", "quantize", "quantize_sums", "quantize_bwd"]
-    kernels = [Counted(getattr(latents, f"{name}_kernel")) for name in names]
-    for name, kernel in zip(names, kernels, strict=True):
-        monkeypatch.setattr(latents, f"{name}_kernel", kernel)
+    kernels = []
+    for module, names in (
+        (moments, ["moments", "moments_parts"]),
+        (latents, ["quantize", "quantize_sums", "quantize_bwd"]),
+    ):
+        for name in names:
+            kernels.append(Counted(getattr(module, f"{name}_kernel")))
+            monkeypatch.setattr(module, f"{name}_kernel", kernels[-1])
     monkeypatch.setattr(levels, "MATRICES", most)
     shapes = [(7, 5), (181, 182), (4, 4), (1, 9)]
     weights = on(device, *matrices(shapes), *matrices([(3, 3)], torch.bfloat16))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peftkern import _family, _folder
+from peftkern import _check, _folder
 from peftkern.sparse import stored
 from peftkern.sparse.config import SparseConfig
 from peftkern.sparse.described import Described
@@ -81,7 +81,7 @@ def _unmerged(model: nn.Module, some: bool = True) -> list[Support]:
     if some and not found:
         raise ValueError("model must have a support (SparseConfig or SaraAdamW), got none")
     if merged := [support.name for support in found if _home(support).merged]:
-        raise ValueError(f"model must be unmerged, got merged {_family.listed(merged)}")
+        raise ValueError(f"model must be unmerged, got merged {_check.listed(merged)}")
     return found
 
 
