@@ -26,8 +26,9 @@ SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 # setup.py calls cmake, and cmake calls ninja, by their bare names.
 export PATH := $(BIN):$(PATH)
 
-# What cmake has to know for the libraries of the package.
-PACKAGE = -DPEFTKERN_WERROR=ON -DPEFTKERN_CUDA=off -DPython_EXECUTABLE=$(BIN)/python \
+# The tests' two builds, of which each kernel is compiled once: C++ tests and libraries share it.
+TESTS_BUILD = cmake -S . -G Ninja -DPEFTKERN_WERROR=ON -DPEFTKERN_CUDA=off \
+  -DPython_EXECUTABLE=$(BIN)/python \
   -DPEFTKERN_TORCH=$$(python -c 'import os, torch; print(os.path.dirname(torch.__file__))')
 
 .PHONY: venv build demo test test-full ctest ctest-sanitize emulated pytest-sanitize lint format bench
@@ -61,22 +62,22 @@ format: $(VENV)/.test
 	ruff format
 	clang-format -i $(SOURCES)
 
-# The kernels alone: no torch, no Python.
+# The kernels by themselves, in programs without torch and Python.
 ctest: $(VENV)/.test
-	cmake -S . -B build/tests -G Ninja -DPEFTKERN_WERROR=ON
+	$(TESTS_BUILD) -B build/tests
 	cmake --build build/tests --target peftkern_tests
 	ctest --test-dir build/tests --output-on-failure
 
 ctest-sanitize: $(VENV)/.test
-	cmake -S . -B build/tests-sanitize -G Ninja -DPEFTKERN_WERROR=ON -DPEFTKERN_SANITIZE=ON
-	cmake --build build/tests-sanitize --target peftkern_tests
-	ctest --test-dir build/tests-sanitize --output-on-failure
+	$(TESTS_BUILD) -B build/sanitize -DPEFTKERN_SANITIZE=ON
+	cmake --build build/sanitize --target peftkern_tests
+	ctest --test-dir build/sanitize --output-on-failure
 
 # CUDA's kernels in the emulator, with the race detector; under the sanitizers they run below.
 emulated: $(VENV)/.test
-	cmake -S . -B build/emulated -G Ninja $(PACKAGE)
-	cmake --build build/emulated --target peftkern_emulated_races
-	PEFTKERN_EXAMPLES=5 PEFTKERN_EMULATED_LIBRARY=build/emulated/_emulated_races.so \
+	$(TESTS_BUILD) -B build/tests
+	cmake --build build/tests --target peftkern_emulated_races
+	PEFTKERN_EXAMPLES=5 PEFTKERN_EMULATED_LIBRARY=build/tests/_emulated_races.so \
 	  python -m pytest $(WORKERS) tests/test_kernels_*_cuda.py tests/test_qlora*.py \
 	  tests/test_onebit_linear.py tests/test_sparse.py tests/test_selftest.py \
 	  -k 'cuda.py or emulated'
@@ -89,7 +90,7 @@ OF_OPS = $(patsubst %,tests/test_%.py,kernels_*_cuda qlora* bottleneck* onebit \
 # The ops from Python, in an interpreter that knows nothing of sanitizers: their runtime has to be
 # there first. Leaks are Python's own. What ends the process must not lie in pytest's hands.
 pytest-sanitize: $(VENV)/.test
-	cmake -S . -B build/sanitize -G Ninja $(PACKAGE) -DPEFTKERN_SANITIZE=ON
+	$(TESTS_BUILD) -B build/sanitize -DPEFTKERN_SANITIZE=ON
 	cmake --build build/sanitize --target peftkern_ops peftkern_emulated
 	PEFTKERN_EXAMPLES=5 PEFTKERN_LIBRARY=build/sanitize/_ops.so \
 	  PEFTKERN_EMULATED_LIBRARY=build/sanitize/_emulated.so ASAN_OPTIONS=detect_leaks=0 \

@@ -1,6 +1,6 @@
 // Runs a CUDA kernel on the host, unmodified. To use it: `make emulated`, or after a change
-//   cmake --build build/emulated --target peftkern_emulated_races
-//   PEFTKERN_EMULATED_LIBRARY=build/emulated/_emulated_races.so python -m pytest -k emulated
+//   cmake --build build/tests --target peftkern_emulated_races
+//   PEFTKERN_EMULATED_LIBRARY=build/tests/_emulated_races.so python -m pytest -k emulated
 //
 // A fault is thrown as a Fault whose text names kernel, block, thread, lines and seed. Threads take
 // turns by lot: PEFTKERN_EMULATOR_SEED=<seed of the report> gives every launch those same turns.
