@@ -165,14 +165,14 @@ def unmerge(model: Model) -> Model:
         ValueError: no layer is merged.
     """
     found = _adapters(model)
-    merged = {n: m for n, m in found.items() if isinstance(m, LinearAdapter) and m.merged}
-    places = [m for m in found.values() if isinstance(m, InPlace) and m.merged]
-    if not merged and not places:
+    merged = {n: m for n, m in found.items() if isinstance(m, LinearAdapter | InPlace) and m.merged}
+    if not merged:
         raise ValueError("model must be merged, got no merged layer")
     for name, layer in merged.items():
-        merging.give_back(name, layer)
-    for place in places:
-        place.unmerge_in_place()
+        if isinstance(layer, LinearAdapter):
+            merging.give_back(name, layer)
+        else:
+            layer.unmerge_in_place()
     return model
 
 

@@ -71,7 +71,8 @@ def cuda_of_torch(tmp_path):
 @needs_cuda_build
 @needs_plain_torch
 def test_where_torch_has_cuda_its_kernels_serve_it(cuda_of_torch):
-    ours = {"qlora_quantize", "qlora_dequantize", "qlora_decode", "sparse_sample_"}
+    decodes = {"qlora_decode", "onebit_decode"}
+    ours = {"qlora_quantize", "qlora_dequantize", *decodes, "sparse_sample_"}
     assert served_by_cuda(cuda_of_torch) == ours
     also_in_triton = ours & _native.launchers.keys()
     assert served_by_cuda(cuda_of_torch, PEFTKERN_TRITON="1") == ours - also_in_triton

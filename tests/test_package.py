@@ -138,7 +138,7 @@ def test_info_tells_what_serves_what():
         "C++" if loaded else "reference", None,
     }  # fmt: skip
     steps = {op for op, kernels in info.kernels.items() if "cpu" not in kernels}
-    assert steps == {"qlora_decode", "sparse_sample_"}
+    assert steps == {"qlora_decode", "onebit_decode", "sparse_sample_"}
     assert (info.isa != "none") == loaded and (info.build or not loaded)
     lines = str(info).splitlines()
     for begin in (f"peftkern {info.version}", f"torch    {info.torch}", f"isa      {info.isa}"):

@@ -105,7 +105,8 @@ def test_launchers_in_triton_are_asked_too(capsys):
 
 @pytest.mark.skipif(not _native.emulated, reason="CUDA's kernels are not built for the emulator")
 def test_emulated_kernels_are_asked_too(capsys):
-    ours = {"qlora_quantize", "qlora_dequantize", "qlora_decode", "sparse_sample_"}
+    decodes = {"qlora_decode", "onebit_decode"}
+    ours = {"qlora_quantize", "qlora_dequantize", *decodes, "sparse_sample_"}
     assert _native.emulated.keys() >= ours
     check_stand_in("CUDA, emulated", _native.emulated, capsys)
 

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from peftkern import _native
 from peftkern._verdict import Case, Verdict, compare, judge
 from peftkern.sparse import adamw
 from peftkern.sparse.pattern import Pattern
@@ -24,13 +25,14 @@ def cases(device: torch.device) -> Iterator[Case]:
 
 
 def _step(kind: str, dtype: torch.dtype, device: torch.device) -> Iterator[Verdict]:
-    patterns = [Pattern.from_mask(_random(1, *shape) < 0, kind) for shape in SHAPES]
+    with _native.Instead(_native.references):
+        patterns = [Pattern.from_mask(_random(1, *shape) < 0, kind) for shape in SHAPES]
+        operands = [pattern.to(device).operand() for pattern in patterns]
     weights = [_random(2, *shape).to(dtype) for shape in SHAPES]
     # Values, gradients and moments, of which the second is a square.
     packed = [[_random(seed, p.nnz) for p in patterns] for seed in (3, 4, 5, 6)]
     packed[3] = [square.square() for square in packed[3]]
     born = [torch.arange(p.nnz, dtype=torch.int32) % (STEP + 1) for p in patterns]
-    operands = [pattern.to(device).operand() for pattern in patterns]
     found, mine = ([t.to(device, copy=True) for t in list_] for list_ in (weights, packed[0]))
     grads, first, second = ([t.to(device, copy=True) for t in list_] for list_ in packed[1:])
     adamw.step_op(
