@@ -28,6 +28,7 @@ def _step(kind: str, dtype: torch.dtype, device: torch.device) -> Iterator[Verdi
     with _native.Instead(_native.references):
         patterns = [Pattern.from_mask(_random(1, *shape) < 0, kind) for shape in SHAPES]
         operands = [pattern.to(device).operand() for pattern in patterns]
+        places = [pattern.indices().long().unbind() for pattern in patterns]
     weights = [_random(2, *shape).to(dtype) for shape in SHAPES]
     # Values, gradients and moments, of which the second is a square.
     packed = [[_random(seed, p.nnz) for p in patterns] for seed in (3, 4, 5, 6)]
@@ -40,11 +41,10 @@ def _step(kind: str, dtype: torch.dtype, device: torch.device) -> Iterator[Verdi
         [tensor for tensors, _ in operands for tensor in tensors],
         [number for _, layout in operands for number in layout], STEP, *RATES,
     )  # fmt: skip
-    for i, pattern in enumerate(patterns):
+    for i, (rows, columns) in enumerate(places):
         before = [list_[i] for list_ in packed]
         plain = _plain(STEP - born[i])
         yield from judge([mine[i], first[i], second[i]], plain, *before)
-        rows, columns = pattern.indices().long().unbind()
         written = weights[i].index_put((rows, columns), mine[i].cpu().to(dtype))
         yield compare(found[i], written)
 
