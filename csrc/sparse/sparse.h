@@ -1,7 +1,7 @@
 // sparse: a matrix of which some entries are there, S[i_k, j_k] = values[k], counted row by row.
 //
-//   sddmm         values[k] = scale * sum_m grad[m, i_k] x[m, j_k], on top of what is there if
-//   `add` conv2d_sddmm  the same, where x[m, j] is what output m sees under column j of the weight
+//   sddmm         values[k] = scale * sum_m grad[m, i_k] x[m, j_k]; `add`: and what was there
+//   conv2d_sddmm  the same, where x[m, j] is what output m sees under column j of the weight
 //   matmul        y[m, i]   = residual[m, i] + scale * sum_k values[k] x[m, j_k]   over i_k == i
 //   matmul_t      dx[m, j]  = residual[m, j] + scale * sum_k values[k] grad[m, i_k]  over j_k == j
 //   gather        values[k] = weight[i_k, j_k]; scatter is the way back
